@@ -1,0 +1,426 @@
+"""What operator and trainer say to each other: orders in, reports out, exit codes, progress.
+
+An *order* is one JSON document in an immutable ConfigMap, mounted at `ORDER_PATH`. A *report* is one JSON
+document of at most `REPORT_MAX_BYTES` in the container's termination message. Both carry `version`; a trainer
+image that is given an order of another version refuses it and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import IntEnum, StrEnum
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
+
+VERSION = "v1alpha1"
+
+ORDER_PATH = "/etc/qlora/order.json"
+WORK_MOUNT = "/work"
+CLAIMS_MOUNT = "/claims"
+REPORT_PATH = "/dev/termination-log"
+#: The kubelet cuts termination messages at 4096 bytes (all containers of a pod share 12 KiB).
+REPORT_MAX_BYTES = 4096
+
+
+class ExitCode(IntEnum):
+    """How a stage ended. The operator's answers, the pods' `podFailurePolicy` and the docs derive from this table.
+
+    The values stay clear of the shell's (126 and above) and of Python's 1 and 2.
+    """
+
+    SUCCEEDED = 0
+    BAD_INPUT = 10
+    GATE_FAILED = 11
+    DIVERGED = 12
+    OUT_OF_MEMORY = 13
+    INTERRUPTED = 14
+    ENVIRONMENT_UNFIT = 15
+
+    @property
+    def retried(self) -> bool:
+        """Whether another attempt can end otherwise."""
+        return self in (ExitCode.OUT_OF_MEMORY, ExitCode.INTERRUPTED, ExitCode.ENVIRONMENT_UNFIT)
+
+
+class Stage(StrEnum):
+    """A step that runs in a pod, in the order of a job's way."""
+
+    INSPECT = "inspect"
+    TRAIN = "train"
+    MERGE = "merge"
+    PUBLISH = "publish"
+
+
+class Document(BaseModel):
+    """A document that travels as camelCase JSON. Unknown fields are refused: both halves ship together."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no white space, absent instead of null."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def digest(self) -> str:
+        """`sha256:…` of the canonical JSON."""
+        return f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}"
+
+
+# --- facts about the model and the data (inspect finds them, the status shows them, sizing reads them) ---
+
+
+class LinearModule(Document):
+    """One kind of linear layer, as often as it occurs: what NF4 quantises and LoRA attaches to."""
+
+    name: str = Field(description="Last part of the module's name, for example q_proj.")
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    count: int = Field(ge=1, description="How many of them the model has.")
+
+
+class ModelShape(Document):
+    """What the memory of a training depends on, read from config.json and the weights' headers."""
+
+    parameters: int = Field(ge=1, description="All weights, tied ones once.")
+    hidden_size: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    tied_embeddings: bool
+    max_position: int = Field(ge=1, description="Longest sequence the model was built for, in tokens.")
+    dtype: str = Field(description="Type of the stored weights.")
+    bytes_on_disk: int = Field(ge=0)
+    linear: list[LinearModule] = Field(description="Linear layers of the blocks; the output head is not among them.")
+
+
+class TokenCounts(Document):
+    """Lengths of the training examples in tokens, chat template included, before truncation."""
+
+    p50: int = Field(ge=0)
+    p95: int = Field(ge=0)
+    max: int = Field(ge=0)
+    total: int = Field(ge=0)
+
+
+class Inspection(Document):
+    """What the inspect stage found in the model and the data."""
+
+    architecture: str = Field(description="Class of the model, for example LlamaForCausalLM.")
+    model_digest: str = Field(description="Over config, tokenizer files and the weights' headers and sizes.")
+    data_digest: str = Field(description="Over every data file's bytes, in the order of the spec.")
+    shape: ModelShape
+    examples: int = Field(ge=0, description="Training examples left after removing duplicates and the eval split.")
+    eval_examples: int = Field(default=0, ge=0)
+    golden_examples: int = Field(default=0, ge=0)
+    tokens: TokenCounts
+    max_length: int = Field(ge=1, description="The sequence length decided on, in tokens.")
+    sequences: int = Field(ge=1, description="Training sequences per epoch at that length, after packing.")
+    loss: str = Field(description="Which tokens carry loss: assistant, completion or all.")
+    truncated_percent: float = Field(ge=0, le=100, description="Examples longer than maxLength.")
+    loss_token_percent: float = Field(ge=0, le=100, description="Tokens that carry loss.")
+    duplicates: int = Field(ge=0, description="Training examples removed because an equal one came before.")
+    leakage: int = Field(ge=0, description="Eval and golden examples that are also training examples.")
+
+
+class Recipe(Document):
+    """Everything that decides what is learned, resolved: what the spec leaves open is decided here."""
+
+    method: Literal["qlora", "lora"]
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(ge=0, lt=1)
+    target_modules: list[str]
+    rslora: bool = False
+    max_length: int = Field(ge=1)
+    packing: bool
+    loss: Literal["assistant", "completion", "all"]
+    epochs: float | None = None
+    max_steps: int | None = None
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(default=0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_fraction: float = Field(ge=0, le=1)
+    effective_batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all GPUs.")
+    optimizer: str
+    seed: int
+    gradient_checkpointing: bool
+    attention: str
+    max_grad_norm: float = Field(gt=0)
+    evals_per_epoch: int = Field(default=4, ge=0)
+
+
+class Score(Document):
+    """A metric on the golden set, before and after tuning."""
+
+    metric: str
+    base: float
+    tuned: float
+    examples: int = Field(ge=1)
+
+
+# --- orders ---
+
+
+class DataSource(Document):
+    """Where examples are and how they are written (format absent: detected)."""
+
+    uri: str
+    format: str | None = None
+
+
+class DataOrder(Document):
+    """The data of a job: what to train on, and what to hold back."""
+
+    train: list[DataSource]
+    eval: DataSource | None = None
+    eval_fraction: float | None = None
+    golden: DataSource | None = None
+    log_samples: bool = False
+
+
+class OrderEnvelope(Document):
+    """What every order says."""
+
+    version: Literal["v1alpha1"] = VERSION
+    namespace: str
+    job: str
+    job_uid: str
+    attempt: int = Field(ge=1)
+    work_dir: str = Field(description="The job's own directory on the work volume; scratch space for inspect.")
+
+
+class InspectOrder(OrderEnvelope):
+    """Look at model and data; touch no weights."""
+
+    stage: Literal[Stage.INSPECT] = Stage.INSPECT
+    model_uri: str
+    data: DataOrder
+    max_length: int | None = None
+    packing: bool = True
+    loss: Literal["assistant", "completion", "all"] | None = None
+
+
+class TrainOrder(OrderEnvelope):
+    """Train one adapter."""
+
+    stage: Literal[Stage.TRAIN] = Stage.TRAIN
+    model_uri: str
+    model_digest: str
+    data: DataOrder
+    data_digest: str
+    recipe: Recipe
+    micro_batch_size: int = Field(ge=1)
+    gradient_accumulation: int = Field(ge=1)
+    accelerator: Literal["nvidia", "cpu"]
+    cpu_allowed: bool = Field(default=False, description="Run on the CPU where the accelerator is not there.")
+    checkpoint_every_seconds: int = Field(ge=1)
+    checkpoint_keep: int = Field(ge=1)
+
+    def binding(self) -> str:
+        """What a checkpoint and an adapter are bound to; `sha256:…`.
+
+        Micro-batch, accumulation, checkpoint interval and device may change under a checkpoint; nothing else may.
+        """
+        bound = self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude_none=True,
+            include={"version", "model_digest", "data_digest", "data", "recipe"},
+        )
+        return f"sha256:{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()}"
+
+
+class MergeOrder(OrderEnvelope):
+    """Write base + ΔW as an ordinary model directory."""
+
+    stage: Literal[Stage.MERGE] = Stage.MERGE
+    model_uri: str
+    model_digest: str
+    recipe: Recipe
+    adapter_digest: str
+    merge_base: Literal["dequantized", "original"] = "dequantized"
+
+
+class PublishOrder(OrderEnvelope):
+    """Copy one artifact to where the user wants it, with a manifest of digests and provenance."""
+
+    stage: Literal[Stage.PUBLISH] = Stage.PUBLISH
+    artifact: Literal["adapter", "merged"]
+    artifact_digest: str
+    output_uri: str = Field(description="The artifact's own place: the spec's output.uri and the artifact's name.")
+    overwrite: bool = False
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Goes into the artifact's manifest as it is.")
+
+
+Order = InspectOrder | TrainOrder | MergeOrder | PublishOrder
+_ORDER: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="stage")])
+
+
+def parse_order(text: str) -> Order:
+    """The order in `text`. Raises ValueError when it is not an order of this version."""
+    try:
+        version = json.loads(text).get("version")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"the order is not a JSON object: {error}") from error
+    if version != VERSION:
+        raise ValueError(
+            f"the order has version {version!r}, this image reads {VERSION!r}: "
+            "use operator and trainer images of one release"
+        )
+    try:
+        return _ORDER.validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"the order does not fit version {VERSION}: {error}") from error
+
+
+# --- reports ---
+
+
+class TrainResult(Document):
+    """What training reached. The adapter lies in `<work_dir>/adapter`."""
+
+    adapter_digest: str
+    adapter_bytes: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    epochs: float = Field(ge=0)
+    train_loss: float = Field(description="Mean over the last tenth of the steps.")
+    eval_loss: float | None = None
+    tokens: int = Field(ge=0, description="Tokens seen, padding not counted.")
+    tokens_per_second: float = Field(ge=0)
+    seconds: float = Field(ge=0, description="Spent in training steps, over all attempts.")
+    device: str
+    peak_memory_bytes: int = Field(
+        ge=0, description="GPU memory reserved at the peak; on the CPU the process' peak resident size."
+    )
+    resumed_from_step: int | None = None
+    scores: list[Score] = Field(default_factory=list)
+
+
+class MergeResult(Document):
+    """The merged model lies in `<work_dir>/merged`."""
+
+    digest: str
+    bytes: int = Field(ge=0)
+    shards: int = Field(ge=1)
+    parity: float = Field(
+        ge=0,
+        description="Largest difference of a written weight from base + ΔW in fp32, relative to its tensor's largest.",
+    )
+
+
+class PublishResult(Document):
+    """Where the artifact is now."""
+
+    uri: str
+    digest: str = Field(description="Of the manifest, which lists every file's digest.")
+    bytes: int = Field(ge=0)
+    files: int = Field(ge=1)
+
+
+Result = Inspection | TrainResult | MergeResult | PublishResult
+RESULT_OF: dict[Stage, type[Inspection] | type[TrainResult] | type[MergeResult] | type[PublishResult]] = {
+    Stage.INSPECT: Inspection,
+    Stage.TRAIN: TrainResult,
+    Stage.MERGE: MergeResult,
+    Stage.PUBLISH: PublishResult,
+}
+
+
+class Report(Document):
+    """How one attempt of a stage ended: with a result, or with a failure that a user can read."""
+
+    version: Literal["v1alpha1"] = VERSION
+    stage: Stage
+    attempt: int = Field(ge=1)
+    job_uid: str
+    result: dict[str, Any] | None = None
+    failure: str | None = Field(default=None, description="What was wrong, where, and what to do.")
+
+    def fitted(self) -> str:
+        """The JSON to write as termination message: a failure too long for `REPORT_MAX_BYTES` is cut.
+
+        Raises ValueError when a result does not fit; a result is never cut.
+        """
+        text = self.to_json()
+        excess = len(text.encode()) - REPORT_MAX_BYTES
+        if excess <= 0:
+            return text
+        if self.failure is None:
+            raise ValueError(f"a report of {len(text.encode())} bytes; termination messages hold {REPORT_MAX_BYTES}")
+        cut = self.failure
+        while len(text.encode()) > REPORT_MAX_BYTES:
+            cut = cut[: len(cut) * 9 // 10]
+            text = self.model_copy(update={"failure": cut + " …"}).to_json()
+        return text
+
+
+def succeeded(order: Order, result: Result) -> Report:
+    """The report of a finished stage."""
+    data = result.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return Report(stage=order.stage, attempt=order.attempt, job_uid=order.job_uid, result=data)
+
+
+def failed(order: Order, failure: str) -> Report:
+    """The report of a stage that did not finish."""
+    return Report(stage=order.stage, attempt=order.attempt, job_uid=order.job_uid, failure=failure)
+
+
+def parse_report(text: str) -> Report:
+    """The report in a termination message. Raises ValueError when there is none (a killed container writes nothing)."""
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"not a report: {error.errors()[0]['msg']}") from error
+
+
+# --- progress: Kubeflow Trainer's wire format (proposal 2779), so that a foreign trainer image can speak it too ---
+
+
+class ProgressMetric(Document):
+    """One named number."""
+
+    name: str
+    value: str
+
+
+class TrainerStatus(Document):
+    """How far a training is."""
+
+    progress_percentage: int | None = Field(default=None, ge=0, le=100)
+    estimated_remaining_seconds: int | None = Field(default=None, ge=0)
+    metrics: list[ProgressMetric] = Field(default_factory=list)
+    last_updated_time: str
+
+
+class ProgressDocument(Document):
+    """What a trainer posts while it trains."""
+
+    trainer_status: TrainerStatus
+
+
+# --- where a claim is mounted ---
+
+
+def claim_of(uri: str) -> tuple[str, str]:
+    """`pvc://claim/path` as (claim, path); the path may be empty. Raises ValueError for anything else."""
+    scheme, _, rest = uri.partition("://")
+    claim, _, path = rest.partition("/")
+    if scheme != "pvc" or not claim or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"{uri}: expected pvc://<claim>/<path>, the path without '..'")
+    return claim, path.strip("/")
+
+
+def mounted_path(uri: str, *, claims: str = CLAIMS_MOUNT) -> PurePosixPath:
+    """Where a pod finds `pvc://claim/path`: `/claims/<claim>/<path>`. Raises ValueError as `claim_of`."""
+    claim, path = claim_of(uri)
+    return PurePosixPath(claims) / claim / path
