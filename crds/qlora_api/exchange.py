@@ -65,7 +65,7 @@ class Document(BaseModel):
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """`sha256:…` of the canonical JSON."""
         return f"sha256:{hashlib.sha256(self.to_json().encode()).hexdigest()}"
 
