@@ -1,0 +1,83 @@
+"""`python -m tests.cluster`: the cluster from the command line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tests.cluster import lifecycle, settings, state
+from tests.cluster.build import BuildFailedError
+from tests.cluster.client import KubectlError, NotInTimeError
+from tests.cluster.console import tell
+from tests.cluster.prerequisites import UnfitMachineError
+from tests.cluster.process import ServerFailedError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="bring the cluster up, or find the one that runs")
+    down = commands.add_parser("down", help="stop and remove everything")
+    down.add_argument("--keep-logs", type=Path, metavar="DIR", help="first copy the servers' and pods' logs there")
+    commands.add_parser("status", help="what runs")
+    commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
+    commands.add_parser("env", help='print shell exports: eval "$(python -m tests.cluster env)"')
+    arguments = parser.parse_args()
+    try:
+        return {"up": _up, "down": _down, "status": _status, "kubeconfig": _kubeconfig, "env": _env}[arguments.command](
+            arguments
+        )
+    except (UnfitMachineError, BuildFailedError, ServerFailedError, NotInTimeError, KubectlError, OSError) as error:
+        tell(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 130
+
+
+def _up(_: argparse.Namespace) -> int:
+    lifecycle.ensure_up()
+    tell(f"up. export KUBECONFIG={settings.KUBECONFIG}")
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    if not lifecycle.down(arguments.keep_logs):
+        tell("there is no cluster")
+    return 0
+
+
+def _status(_: argparse.Namespace) -> int:
+    """0 if the cluster is whole, 3 (as service scripts have it) if not."""
+    found = state.load()
+    if found is None:
+        print("no cluster")
+        return 3
+    for process in found.processes:
+        print(f"{process.name:26} pid {process.pid:<8} {'running' if process.alive else 'DEAD'}")
+    print(f"logs: {settings.LOGS}")
+    if not found.ready or found.dead:
+        print("not whole: `python -m tests.cluster up` starts afresh")
+        return 3
+    print(f"up: export KUBECONFIG={settings.KUBECONFIG}")
+    return 0
+
+
+def _running() -> lifecycle.Cluster:
+    if found := lifecycle.current():
+        return found
+    raise UnfitMachineError("no cluster is running: python -m tests.cluster up")
+
+
+def _kubeconfig(_: argparse.Namespace) -> int:
+    print(_running().kubeconfig)
+    return 0
+
+
+def _env(_: argparse.Namespace) -> int:
+    cluster = _running()
+    print(f"export KUBECONFIG={cluster.kubeconfig}\nexport PATH={cluster.binaries}:$PATH")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

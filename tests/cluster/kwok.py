@@ -1,0 +1,82 @@
+"""Fake nodes: kwok plays their kubelets, so that thousands of GPU nodes cost nothing."""
+
+from pathlib import Path
+
+import yaml
+
+from tests.cluster import build, settings
+from tests.cluster.client import Cluster, Manifest
+from tests.cluster.process import Server
+
+FAKE = "kwok.x-k8s.io/node"
+TAINT: Manifest = {"key": FAKE, "value": "fake", "effect": "NoSchedule"}
+TOLERATION: Manifest = {"key": FAKE, "operator": "Exists", "effect": "NoSchedule"}
+
+
+def server(binaries: Path, compiler: str) -> Server:
+    """The controller, with kwok's own fast stages: nodes are Ready at once, pods of Jobs succeed at once."""
+    stages = build.module_directory(compiler, "sigs.k8s.io/kwok") / "kustomize" / "stage"
+    files = sorted(stages.glob("node/fast/node-*.yaml")) + sorted(stages.glob("pod/fast/pod-*.yaml"))
+    configuration = settings.STATE / "kwok.yaml"
+    configuration.write_text(yaml.safe_dump_all(yaml.safe_load(file.read_text()) for file in files))
+    command = [
+        f"{binaries}/kwok",
+        f"--kubeconfig={settings.KUBECONFIGS}/kwok.kubeconfig",
+        "--manage-all-nodes=false",
+        f"--manage-nodes-with-annotation-selector={FAKE}=fake",
+        "--node-lease-duration-seconds=40",
+        f"--config={configuration}",
+    ]
+    return Server("kwok", command, lambda: True)
+
+
+def create_nodes(
+    cluster: Cluster,
+    prefix: str,
+    count: int,
+    labels: dict[str, str],
+    allocatable: dict[str, str],
+    tainted: bool = True,
+    timeout: float = 60.0,
+) -> list[str]:
+    """Create `count` fake nodes and return their names once all are Ready.
+
+    `allocatable` is added to 64 CPUs, 512Gi of memory and 110 pods. Unless told otherwise the nodes carry `TAINT`,
+    so that no pod that is meant to run comes to lie on one: pods need `TOLERATION`.
+    """
+    resources = {"cpu": "64", "memory": "512Gi", "pods": "110", "ephemeral-storage": "2Ti"} | allocatable
+    names = [f"{prefix}-{number}" for number in range(count)]
+    manifests = [
+        {
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {
+                "name": name,
+                "annotations": {FAKE: "fake", "node.alpha.kubernetes.io/ttl": "0"},
+                "labels": {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "type": "kwok"} | labels,
+            },
+            "spec": {"taints": [TAINT] if tainted else []},
+            "status": {"allocatable": resources, "capacity": resources},
+        }
+        for name in names
+    ]
+    cluster.kubectl("create", "--filename=-", stdin=yaml.safe_dump_all(manifests))
+    wanted = set(names)
+
+    def not_ready() -> list[str]:
+        ready = {
+            node["metadata"]["name"]
+            for node in cluster.list("nodes", selector="type=kwok")
+            for condition in node["status"].get("conditions", [])
+            if condition["type"] == "Ready" and condition["status"] == "True"
+        }
+        return sorted(wanted - ready)
+
+    cluster.wait(f"{count} kwok nodes are Ready (seen: those that are not)", not_ready, lambda left: not left, timeout)
+    return names
+
+
+def delete_nodes(cluster: Cluster, names: list[str]) -> None:
+    """Remove fake nodes; their pods are removed by the cluster's garbage collector."""
+    if names:
+        cluster.kubectl("delete", "node", "--ignore-not-found", *names)
