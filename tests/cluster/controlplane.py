@@ -116,6 +116,7 @@ def servers(binaries: Path) -> list[Server]:
         "--use-service-account-credentials=true",
         f"--service-account-private-key-file={PKI}/sa.key",
         f"--root-ca-file={PKI}/ca.crt",
+        f"--flex-volume-plugin-dir={settings.STATE}/volume-plugins",  # else it makes one under /usr/libexec
     ]
     scheduler = [
         f"{binaries}/kube-scheduler",

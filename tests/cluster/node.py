@@ -164,7 +164,8 @@ _KUBE_PROXY = {
     "mode": "nftables",
     "clientConnection": {"kubeconfig": f"{KUBECONFIGS}/proxy.kubeconfig"},
     "clusterCIDR": settings.POD_CIDR,
-    "conntrack": {"maxPerCore": 0, "min": 0},  # leave the machine's own settings
+    # zero: leave the machine's own settings
+    "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     "hostnameOverride": settings.NODE,
     "healthzBindAddress": f"{LOOPBACK}:10256",
     "metricsBindAddress": f"{LOOPBACK}:10249",
