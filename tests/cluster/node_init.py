@@ -13,7 +13,7 @@ from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 # Written by containerd, CNI and kubelet at fixed places: inside the node these are its own, empty directories.
-PRIVATE_DIRECTORIES = ["/run/containerd", "/run/netns", "/var/lib/cni", "/var/lib/kubelet", "/var/log"]
+PRIVATE_DIRECTORIES = ["/run/containerd", "/run/mount", "/run/netns", "/var/lib/cni", "/var/lib/kubelet", "/var/log"]
 # The kubelet sets these for the whole machine: inside the node they are plain files.
 _TUNABLES = {
     "vm/overcommit_memory": "1",
@@ -56,7 +56,7 @@ def outside(configuration: str) -> None:
 
 
 def _mount(*arguments: str) -> None:
-    subprocess.run(["mount", "--no-mtab", *arguments], check=True)  # no notes in /run/mount of the machine
+    subprocess.run(["mount", *arguments], check=True)
 
 
 def _mount_cgroups() -> None:
