@@ -29,6 +29,8 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from qlora_api.exchange import Inspection, Recipe, Score
+
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
 API_VERSION: Final = "qlora.dev/v1alpha1"
@@ -796,84 +798,6 @@ class Condition(Document):
     message: str = Field(max_length=32768, description="Why, and what to do, for people.")
 
 
-class TokenLengths(Document):
-    """Tokens per training example, after the chat template."""
-
-    p50: int = Field(description="Half of the examples are at most so long.")
-    p95: int = Field(description="95 % of the examples are at most so long.")
-    max: int = Field(description="The longest example.")
-    total: int = Field(description="All examples together.")
-
-
-class ModelShape(Document):
-    """What sizing has to know of the model, from its config.json and its safetensors headers."""
-
-    hidden_size: int = Field(description="Width of the residual stream.")
-    layers: int = Field(description="Transformer blocks.")
-    heads: int = Field(description="Attention heads.")
-    kv_heads: int = Field(description="Heads of keys and values.")
-    head_dim: int = Field(description="Width of one head.")
-    intermediate_size: int = Field(description="Width of the MLP.")
-    vocab_size: int = Field(description="Rows of the embedding.")
-    tied_embeddings: bool = Field(description="Whether the LM head is the embedding.")
-    parameters: int = Field(description="Weights in all.")
-    linear_parameters: int = Field(description="Weights in the linear layers that QLoRA quantises.")
-    model_bytes: int = Field(description="Bytes of the weights on disk.")
-    dtype: str = Field(description="Type of the weights on disk.")
-
-
-class Inspection(Document):
-    """What a look at the model and the data has shown, before any GPU is taken."""
-
-    parameters: int = Field(description="Weights of the model.")
-    architecture: str = Field(description="Class of the model, such as LlamaForCausalLM.")
-    model_digest: str = Field(description="Digest of the model's files.")
-    data_digest: str = Field(description="Digest of the training data, the evaluation data and the golden set.")
-    examples: int = Field(description="Training examples, after duplicates and held-out ones are taken out.")
-    eval_examples: int = Field(default=0, description="Held-out examples for the evaluation loss.")
-    golden_examples: int = Field(default=0, description="Examples of the golden set.")
-    tokens: TokenLengths = Field(description="Tokens per training example.")
-    max_length: int = Field(description="Tokens per sequence: as the spec says, or as the data asks for.")
-    truncated_percent: float = Field(default=0.0, description="Training examples that are longer, in percent.")
-    loss_token_percent: float = Field(default=100.0, description="Tokens that are learned, in percent of all.")
-    duplicates: int = Field(default=0, description="Training examples that were there more than once.")
-    leakage: int = Field(default=0, description="Held-out or golden examples that are training examples too.")
-    shape: ModelShape = Field(description="The model's shape.")
-
-
-class Recipe(Document):
-    """The training as decided: the spec with every open question answered."""
-
-    method: Method = Field(description="qlora or lora.")
-    quant_type: QuantType | None = Field(default=None, description="4-bit type of the base, under QLoRA.")
-    double_quant: bool | None = Field(default=None, description="Whether scale factors are quantised, under QLoRA.")
-    compute_dtype: ComputeDtype = Field(description="Type of the matrix products.")
-    rank: int = Field(description="Rank of the adapter.")
-    alpha: int = Field(description="Scale of the adapter.")
-    dropout: float = Field(description="Dropout on the adapter's input.")
-    target_modules: tuple[str, ...] | None = Field(
-        default=None, description="Linear layers with an adapter. Absent: all but the LM head."
-    )
-    rslora: bool = Field(default=False, description="Rank-stabilised scale.")
-    max_length: int = Field(description="Tokens per sequence.")
-    packing: bool = Field(description="Several examples per sequence.")
-    loss: Loss = Field(description="Which tokens are learned.")
-    epochs: float | None = Field(default=None, description="Passes over the data.")
-    max_steps: int | None = Field(default=None, description="Optimizer steps, instead of epochs.")
-    learning_rate: float = Field(description="Highest learning rate.")
-    min_learning_rate: float = Field(default=0.0, description="Learning rate at the end.")
-    schedule: Schedule = Field(description="How the learning rate falls.")
-    warmup_fraction: float = Field(description="Share of the steps over which it rises.")
-    effective_batch_size: int = Field(description="Sequences per optimizer step.")
-    optimizer: Optimizer = Field(description="The optimizer.")
-    seed: int = Field(description="The seed.")
-    gradient_checkpointing: bool = Field(description="Whether activations are recomputed.")
-    attention: Attention = Field(description="The attention kernel.")
-    offload: Offload = Field(default="none", description="What is moved to host memory.")
-    max_grad_norm: float = Field(description="Norm that gradients are clipped to.")
-    evals_per_epoch: int = Field(default=0, description="Evaluations of the held-out loss per epoch.")
-
-
 class MemoryItem(Document):
     """One use of a GPU's memory."""
 
@@ -932,7 +856,7 @@ class Progress(Document):
 class Attempt(Document):
     """One run of one stage."""
 
-    n: int = Field(description="Counts from 0 per stage (and artifact).")
+    n: int = Field(description="Counts from 1 per stage (and artifact).")
     stage: str = Field(description="inspect, train, merge or publish.")
     artifact: str | None = Field(default=None, description="What was published.")
     job: str = Field(description="Name of the batch/v1 Job.")
@@ -943,15 +867,6 @@ class Attempt(Document):
     exit_code: int | None = Field(default=None, description="Exit code of its container.")
     message: str | None = Field(default=None, description="What it said at the end.")
     change: str | None = Field(default=None, description="What is done differently in the next attempt.")
-
-
-class Score(Document):
-    """One metric, before and after."""
-
-    metric: str = Field(description="The metric.")
-    base: float | None = Field(default=None, description="The base model's score.")
-    tuned: float | None = Field(default=None, description="The tuned model's score.")
-    examples: int = Field(description="Examples that it was measured on.")
 
 
 class EvaluationResult(Document):
@@ -980,7 +895,7 @@ class Artifact(Document):
     digest: str | None = Field(default=None, description="Digest of its files.")
     bytes: int | None = Field(default=None, description="Size of its files.")
     parity: float | None = Field(
-        default=None, description="Largest difference of a logit from the model that was evaluated (merged models)."
+        default=None, description="How far the merged weights are from base + adapter: the largest relative difference."
     )
     serving: Serving | None = Field(default=None, description="How to serve it.")
 
@@ -1057,7 +972,12 @@ class QLoRAJob(Document):
 
 def problems(error: ValidationError) -> list[str]:
     """What is wrong with a document, one sentence per field: where, what, and what it should look like."""
-    return [_problem(detail) for detail in error.errors(include_url=False)]
+    details = error.errors(include_url=False)
+    # a list whose only item is bad counts as too short as well
+    inside_lists = {detail["loc"][:-1] for detail in details}
+    return [
+        _problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in inside_lists
+    ]
 
 
 def _problem(detail: Any) -> str:
