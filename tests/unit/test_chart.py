@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from tests.cluster import build
+from tests.cluster import Cluster, build, ensure_up
+from tests.cluster.client import KubectlError
 from tests.cluster.settings import REPOSITORY, cache
 
 from qlora_api.v1alpha1 import QLoRAJob
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.cluster
 CHART = REPOSITORY / "charts" / "qlora-operator"
 CRD = "qlora.dev_qlorajobs.yaml"
 RELEASE, NAMESPACE = "qlora-operator", "qlora-system"
+TRIAL = "chart-trial"
 DIGEST = "sha256:" + "a" * 64
 
 Values = dict[str, Any]
@@ -40,11 +42,16 @@ def helm(*arguments: str, values: Values | None = None) -> subprocess.CompletedP
     return subprocess.run([program, *arguments, *more], input=yaml.safe_dump(values), capture_output=True, text=True)
 
 
-def rendered(values: Values | None = None, *flags: str, chart: Path = CHART) -> list[Manifest]:
-    """Every object that an installation with `values` makes."""
-    result = helm("template", RELEASE, str(chart), "--namespace", NAMESPACE, *flags, values=values or {})
+def rendered_text(values: Values, namespace: str = NAMESPACE, chart: Path = CHART) -> str:
+    """What an installation with `values` sends to the server."""
+    result = helm("template", RELEASE, str(chart), f"--namespace={namespace}", values=values)
     assert result.returncode == 0, result.stderr
-    return [document for document in yaml.safe_load_all(result.stdout) if document]
+    return result.stdout
+
+
+def rendered(values: Values | None = None, chart: Path = CHART) -> list[Manifest]:
+    """Every object that an installation with `values` makes."""
+    return [document for document in yaml.safe_load_all(rendered_text(values or {}, chart=chart)) if document]
 
 
 def of_kind(kind: str, values: Values | None = None) -> list[Manifest]:
@@ -346,6 +353,44 @@ def test_values_of_the_operators_pod_reach_it():
     assert selector["app.kubernetes.io/name"] == "qlora-operator"
     assert selector.items() <= template["metadata"]["labels"].items()
     assert the("ServiceAccount", values)["metadata"]["annotations"] == {"role": "arn"}
+
+
+# On a real API server
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """The running cluster, with a namespace that enforces the restricted standard."""
+    running = ensure_up()
+    labels = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
+    running.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TRIAL, "labels": labels}})
+    running.wait("the namespace's ServiceAccount", lambda: running.find("serviceaccount", "default", TRIAL))
+    yield running
+    running.delete("namespace", TRIAL)
+
+
+@pytest.mark.parametrize("values", [{}, {"namespaces": [TRIAL, "default"]}], ids=["everywhere", "named namespaces"])
+def test_the_server_takes_every_object(cluster: Cluster, values: Values):
+    text = rendered_text(values, namespace=TRIAL)  # as it is: Go and Python do not read all YAML alike
+    said = cluster.kubectl("apply", "--server-side", "--dry-run=server", "--filename=-", stdin=text)
+    assert said.count("serverside-applied (server dry run)") == len(rendered(values)), said
+
+
+def test_the_restricted_standard_admits_the_operators_pod(cluster: Cluster):
+    """A dry run goes through admission; the Deployment alone would be taken and its pods refused later."""
+    template = pod()
+    spec = template["spec"] | {"serviceAccountName": "default"}  # the chart's own does not exist in a dry run
+    manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "operator"}, "spec": spec}
+
+    def create() -> str:
+        return cluster.kubectl(
+            "create", "--dry-run=server", "--filename=-", namespace=TRIAL, stdin=yaml.safe_dump(manifest)
+        )
+
+    assert "created (server dry run)" in create()
+    del spec["containers"][0]["securityContext"]["capabilities"]
+    with pytest.raises(KubectlError, match="unrestricted capabilities"):
+        create()
 
 
 # The settings
