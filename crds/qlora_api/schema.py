@@ -145,11 +145,60 @@ def _immutable(name: str, always_there: bool) -> Schema:
     return {"rule": same, "message": message, "fieldPath": f".{name}", "reason": "FieldValueForbidden"}
 
 
+def default_of(node: Schema) -> str:
+    """The default of a field, for people; empty if there is none, or if it lies in the fields below."""
+    match node.get("default"):
+        case None | dict():
+            return ""
+        case bool(flag):
+            return str(flag).lower()
+        case list(values):
+            return ", ".join(map(str, values))
+        case value:
+            return str(value)
+
+
+def bounds_of(node: Schema) -> str:
+    """What a number, a list or a map is bounded by, for people; empty if by nothing worth saying."""
+    if "minimum" in node or "maximum" in node:
+        low = f"{'above ' if node.get('exclusiveMinimum') else ''}{_plain(node['minimum'])}"
+        return f"{low} to {_plain(node['maximum'])}"
+    if "maxItems" in node:
+        return f"{node.get('minItems', 0)} to {node['maxItems']} items"
+    if "maxProperties" in node:
+        return f"at most {node['maxProperties']} entries"
+    return ""
+
+
+def _plain(number: float) -> str:
+    return f"{number:.0f}" if number == int(number) else str(number)
+
+
+def _say_bounds(node: Schema) -> None:
+    """Put default and bounds into the descriptions: `kubectl explain` shows nothing else of them."""
+    for child in node.get("properties", {}).values():
+        facts = [f"Default: {default}." for default in [default_of(child)] if default]
+        facts += [
+            f"Range: {bounds}." for bounds in [bounds_of(child)] if bounds and child["type"] in ("integer", "number")
+        ]
+        child["description"] = " ".join([child["description"], *facts])
+        _say_bounds(child.get("items", child))
+
+
+def _drop_defaults(node: Schema) -> None:
+    """The operator writes the status; the server is to add nothing to it."""
+    node.pop("default", None)
+    for child in [*node.get("properties", {}).values(), *(node[key] for key in ("items",) if key in node)]:
+        _drop_defaults(child)
+
+
 def crd() -> Schema:
     """The whole definition."""
     schema = structural(QLoRAJob)
     spec, status = schema["properties"]["spec"], schema["properties"]["status"]
     spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", ()), *immutability(spec)]
+    _say_bounds(spec)
+    _drop_defaults(status)
     # kstatus calls an object that has no status Current
     status["default"] = {"observedGeneration": -1}
     for name in ("apiVersion", "kind"):
@@ -164,6 +213,7 @@ def crd() -> Schema:
             "rule": f"self.metadata.name.matches('{NAME_PATTERN}')",
             "message": "metadata.name must be a DNS label that begins with a letter, such as support-bot: "
             "what is made for the job carries its name",
+            "fieldPath": ".metadata.name",
         }
     ]
     return {

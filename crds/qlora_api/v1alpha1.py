@@ -673,10 +673,10 @@ class Budget(SpecPart):
 
 
 class JobSpec(SpecPart):
-    """What to fine-tune, on which data, and where the result goes. Everything else has a default.
+    """What to fine-tune, on which data, and where the result goes; everything else has a default.
 
-    Immutable, but for suspend, ttlSecondsAfterFinished, planOnly (true to false) and, while suspended, hardware,
-    queue, budget, retry and podTemplate: a job is one run, and another run is another job.
+    Immutable, for a job is one run, and another run is another job. But suspend and ttlSecondsAfterFinished may change
+    at any time, planOnly from true to false, and hardware, queue, budget, retry and podTemplate while suspend is true.
     """
 
     rules = (
@@ -733,7 +733,8 @@ class JobSpec(SpecPart):
     )
     suspend: Flag = Field(
         default=False,
-        description="Checkpoint and free the GPUs; false continues. From birth: inspect and plan, then wait.",
+        description="Checkpoint and free the GPUs; false continues. From birth: inspect and plan, then wait. May be "
+        "changed at any time.",
     )
     plan_only: Flag = Field(
         default=False,
@@ -746,7 +747,8 @@ class JobSpec(SpecPart):
         default=None,
         ge=0,
         le=31_536_000,
-        description="Delete the pods and the work volume so long after the end. The job itself stays. Absent: never.",
+        description="Delete the pods and the work volume so long after the end. The job itself stays. Absent: never. "
+        "May be changed at any time.",
     )
 
 
@@ -958,7 +960,7 @@ class QLoRAJob(Document):
     api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
     kind: Literal["QLoRAJob"] = KIND
     metadata: Metadata
-    spec: JobSpec = Field(description="What to fine-tune, on which data, and where the result goes.")
+    spec: JobSpec
     status: JobStatus = Field(default=JobStatus(), description="Where the job stands.")
 
     @classmethod

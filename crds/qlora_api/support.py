@@ -1,0 +1,165 @@
+"""What of the resource this version does not do yet: a job that asks for it is refused at once, never half-obeyed.
+
+The fields are listed by their dotted path, `[]` for the items of a list. A path stands for all that lies below it. What
+a later version builds is taken out of `LIMITS`; a test asks that every field of the spec stands in one of the tables.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_api.v1alpha1 import JobSpec
+
+
+@dataclass(frozen=True)
+class Only:
+    """A field of which only some values work yet; with none, it must be left out, or at its default."""
+
+    values: tuple[Any, ...] = ()
+
+    def takes(self, value: Any) -> bool:
+        """Whether this version does what the value asks for."""
+        return value in self.values
+
+    def advice(self) -> str:
+        """What to do instead."""
+        return f"use {' or '.join(map(str, self.values))}" if self.values else "remove the field"
+
+
+@dataclass(frozen=True)
+class OnlyScheme:
+    """An address of which only one scheme works yet."""
+
+    scheme: str
+    example: str
+
+    def takes(self, value: Any) -> bool:
+        """Whether this version can reach the address."""
+        return str(value).startswith(f"{self.scheme}://")
+
+    def advice(self) -> str:
+        """What to do instead."""
+        return f"use {self.example}"
+
+
+NOT_YET = Only()
+CLAIMS = OnlyScheme("pvc", "pvc://claim/path")
+
+LIMITS: dict[str, Only | OnlyScheme] = {
+    "model.uri": CLAIMS,
+    "model.revision": NOT_YET,
+    "model.credentialsSecretRef": NOT_YET,
+    "model.trustRemoteCode": NOT_YET,
+    "dataset.train[].uri": CLAIMS,
+    "dataset.train[].revision": NOT_YET,
+    "dataset.train[].format": Only(("messages", "prompt-completion")),
+    "dataset.train[].credentialsSecretRef": NOT_YET,
+    "dataset.train[].weight": NOT_YET,
+    "dataset.eval.uri": CLAIMS,
+    "dataset.eval.revision": NOT_YET,
+    "dataset.eval.format": Only(("messages", "prompt-completion")),
+    "dataset.eval.credentialsSecretRef": NOT_YET,
+    "quantization.computeDtype": Only(("bfloat16", "float32")),
+    "lora.dora": NOT_YET,
+    "lora.init": NOT_YET,
+    "training.attention": Only(("sdpa", "eager")),
+    "training.offload": NOT_YET,
+    "training.earlyStoppingEpochs": NOT_YET,
+    "training.bestMetric": NOT_YET,
+    "evaluation.golden.uri": CLAIMS,
+    "evaluation.golden.revision": NOT_YET,
+    "evaluation.golden.format": Only(("messages", "prompt-completion")),
+    "evaluation.golden.credentialsSecretRef": NOT_YET,
+    "evaluation.canary": NOT_YET,
+    "evaluation.metrics[]": Only(("exactMatch",)),
+    "evaluation.gates": NOT_YET,
+    "evaluation.judge": NOT_YET,
+    "hardware.accelerator": Only(("nvidia", "cpu")),
+    "hardware.gpus": Only((1,)),
+    "hardware.nodes": Only((1,)),
+    "hardware.allocation": NOT_YET,
+    "queue": NOT_YET,
+    "output.uri": CLAIMS,
+    "output.credentialsSecretRef": NOT_YET,
+    "output.formats[]": Only(("adapter", "merged")),
+    "output.signingKeySecretRef": NOT_YET,
+    "budget": NOT_YET,
+    "offline": NOT_YET,
+    "ttlSecondsAfterFinished": NOT_YET,
+}
+
+SUPPORTED = frozenset({
+    "dataset.evalFraction",
+    "dataset.maxLength",
+    "dataset.packing",
+    "dataset.loss",
+    "dataset.logSamples",
+    "method",
+    "quantization.type",
+    "quantization.doubleQuant",
+    "lora.rank",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.targetModules",
+    "lora.rslora",
+    "training.epochs",
+    "training.maxSteps",
+    "training.learningRate",
+    "training.minLearningRate",
+    "training.schedule",
+    "training.warmupFraction",
+    "training.effectiveBatchSize",
+    "training.microBatchSize",
+    "training.optimizer",
+    "training.seed",
+    "training.gradientCheckpointing",
+    "training.maxGradNorm",
+    "training.evalsPerEpoch",
+    "hardware.gpuProducts",
+    "hardware.maxGPUs",
+    "hardware.headroomPercent",
+    "podTemplate",
+    "storage",
+    "checkpoint",
+    "output.mergeBase",
+    "output.overwrite",
+    "retry",
+    "suspend",
+    "planOnly",
+})  # fmt: skip
+
+
+def unsupported(spec: JobSpec) -> list[str]:
+    """What the spec asks for that this version does not do, a sentence each; empty if it can all be done."""
+    asked = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+    return list(_refused(asked, path="", shown="spec"))
+
+
+def _refused(node: Any, path: str, shown: str) -> Iterator[str]:
+    limit = LIMITS.get(path)
+    if limit is not None:
+        if not limit.takes(node):
+            found = "" if isinstance(node, dict | list) or limit is NOT_YET else f"{node} is "
+            yield f"{shown}: {found}not supported by this version; {limit.advice()}"
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            yield from _refused(child, f"{path}.{name}".lstrip("."), f"{shown}.{name}")
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _refused(child, f"{path}[]", f"{shown}[{index}]")
+
+
+def limit_on(path: str) -> Only | OnlyScheme | None:
+    """What holds for the field at `path`: its own entry in `LIMITS`, that of what it lies in, or none.
+
+    Raises KeyError when the field stands in neither table: say there whether this version does what it promises.
+    """
+    steps = path.split(".")
+    for depth in range(len(steps), 0, -1):
+        place = ".".join(steps[:depth])
+        for entry in (place, place.removesuffix("[]"), f"{place}[]"):
+            if entry in LIMITS:
+                return LIMITS[entry]
+            if entry in SUPPORTED:
+                return None
+    raise KeyError(f"{path}: neither in SUPPORTED nor in LIMITS")
