@@ -55,6 +55,10 @@ class Stage(StrEnum):
     PUBLISH = "publish"
 
 
+#: What a job can publish; also the name of its directory on the work volume.
+ArtifactName = Literal["adapter", "merged"]
+
+
 class Document(BaseModel):
     """A document that travels as camelCase JSON. Unknown fields are refused: both halves ship together."""
 
@@ -122,7 +126,7 @@ class Inspection(Document):
     tokens: TokenCounts
     max_length: int = Field(ge=1, description="The sequence length decided on, in tokens.")
     sequences: int = Field(ge=1, description="Training sequences per epoch at that length, after packing.")
-    loss: str = Field(description="Which tokens carry loss: assistant, completion or all.")
+    loss: Literal["assistant", "completion", "all"] = Field(description="Which tokens carry loss.")
     truncated_percent: float = Field(ge=0, le=100, description="Examples longer than maxLength.")
     loss_token_percent: float = Field(ge=0, le=100, description="Tokens that carry loss.")
     duplicates: int = Field(ge=0, description="Training examples removed because an equal one came before.")
@@ -221,7 +225,7 @@ class TrainOrder(OrderEnvelope):
     recipe: Recipe
     micro_batch_size: int = Field(ge=1)
     gradient_accumulation: int = Field(ge=1)
-    accelerator: Literal["nvidia", "cpu"]
+    accelerator: Literal["nvidia", "amd", "cpu"]
     cpu_allowed: bool = Field(default=False, description="Run on the CPU where the accelerator is not there.")
     checkpoint_every_seconds: int = Field(ge=1)
     checkpoint_keep: int = Field(ge=1)
@@ -255,7 +259,7 @@ class PublishOrder(OrderEnvelope):
     """Copy one artifact to where the user wants it, with a manifest of digests and provenance."""
 
     stage: Literal[Stage.PUBLISH] = Stage.PUBLISH
-    artifact: Literal["adapter", "merged"]
+    artifact: ArtifactName
     artifact_digest: str
     output_uri: str = Field(description="The artifact's own place: the spec's output.uri and the artifact's name.")
     overwrite: bool = False

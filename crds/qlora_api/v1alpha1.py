@@ -45,6 +45,7 @@ QUANTITY_PATTERN = r"^[1-9][0-9]{0,14}(\.[0-9]{1,3})?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 OBJECT_NAME_PATTERN = r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$"
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?)?$"
+WORD_PATTERN = r"^\S+$"
 ENDPOINT_PATTERN = r"^https?://[^\s/]+(/\S*)?$"
 
 #: What a value that fails its pattern should have looked like, for people.
@@ -55,6 +56,7 @@ LOOKS_LIKE = {
     NAME_PATTERN: "a DNS label: a lower-case letter, then lower-case letters, digits and '-'",
     OBJECT_NAME_PATTERN: "the name of a Kubernetes object: lower-case letters, digits, '-' and '.'",
     LABEL_VALUE_PATTERN: "the value of a label: at most 63 letters, digits, '-', '_' and '.'",
+    WORD_PATTERN: "text without spaces",
     ENDPOINT_PATTERN: "https://host/path",
 }
 
@@ -108,7 +110,7 @@ Uri = Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)]
 Duration = Annotated[str, Field(pattern=DURATION_PATTERN, min_length=2, max_length=32)]
 Quantity = Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=24)]
 ObjectName = Annotated[str, Field(pattern=OBJECT_NAME_PATTERN, max_length=253)]
-Word = Annotated[str, Field(pattern=r"^\S+$", max_length=253)]
+Word = Annotated[str, Field(pattern=WORD_PATTERN, max_length=253)]
 LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
 Annotation = Annotated[str, Field(max_length=4096)]
 Distinct = AfterValidator(_distinct)
@@ -278,7 +280,7 @@ class Dataset(SpecPart):
     eval_fraction: Number | None = Field(
         default=None,
         gt=0,
-        le=0.5,
+        lt=1,
         description="Share of the training data to hold out instead, chosen by a hash of each example before any "
         "processing, so that the split never moves.",
     )
@@ -327,7 +329,7 @@ class Lora(SpecPart):
         le=4096,
         description="Scale of the adapter; its product is scaled by alpha/rank. Absent: 2·rank.",
     )
-    dropout: Number = Field(default=0.05, ge=0, le=0.9, description="Dropout on the adapter's input while training.")
+    dropout: Number = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: Annotated[tuple[Word, ...], Field(min_length=1, max_length=64), Distinct] | None = Field(
         default=None,
         json_schema_extra=AS_SET,
@@ -374,7 +376,7 @@ class Training(SpecPart):
     )
     schedule: Schedule = Field(default="cosine", description="How the learning rate falls after the warm-up.")
     warmup_fraction: Number = Field(
-        default=0.03, ge=0, le=0.5, description="Share of all steps over which the learning rate rises from 0."
+        default=0.03, ge=0, lt=1, description="Share of all steps over which the learning rate rises from 0."
     )
     effective_batch_size: Integer = Field(
         default=32,
@@ -575,7 +577,7 @@ class PodTemplate(SpecPart):
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods.")
     image: str | None = Field(
         default=None,
-        pattern=r"^\S+$",
+        pattern=WORD_PATTERN,
         max_length=512,
         description="Image of the trainer, by tag or digest. Absent: the one that the operator was installed with.",
     )
@@ -814,6 +816,9 @@ class MemoryPlan(Document):
     total_bytes: int = Field(description="Their sum.")
     gpu_bytes: int | None = Field(default=None, description="What one GPU of the chosen flavour has.")
     headroom_percent: int = Field(description="Memory kept free, in percent of the sum.")
+    measured_bytes: int | None = Field(
+        default=None, description="What the training took at its peak, beside what was predicted."
+    )
 
 
 class Rejected(Document):
@@ -839,6 +844,9 @@ class Plan(Document):
     host_memory_bytes: int = Field(description="Memory that the training pod asks for.")
     disk_bytes: int = Field(description="Size of the work volume.")
     rejected: tuple[Rejected, ...] = Field(default=(), description="The flavours not chosen, and why.")
+    planned_for: str | None = Field(
+        default=None, description="Fingerprint of spec.hardware and spec.podTemplate that it was made for."
+    )
 
 
 class Progress(Document):
@@ -892,7 +900,7 @@ class Artifact(Document):
     """One thing that came out."""
 
     name: str = Field(description="adapter, merged, or a quantised form.")
-    state: Literal["Pending", "Publishing", "Published", "Failed"] = Field(description="Where it stands.")
+    state: Literal["Made", "Published"] = Field(description="Made: on the work volume. Published: at its uri.")
     uri: str | None = Field(default=None, description="Where it lies.")
     digest: str | None = Field(default=None, description="Digest of its files.")
     bytes: int | None = Field(default=None, description="Size of its files.")
@@ -976,16 +984,14 @@ def problems(error: ValidationError) -> list[str]:
     """What is wrong with a document, one sentence per field: where, what, and what it should look like."""
     details = error.errors(include_url=False)
     # a list whose only item is bad counts as too short as well
-    inside_lists = {detail["loc"][:-1] for detail in details}
-    return [
-        _problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in inside_lists
-    ]
+    around = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    return [_problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in around]
 
 
 def _problem(detail: Any) -> str:
     where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"]).lstrip(".")
     value = detail["input"]
-    shown = f" (found {value!r})" if isinstance(value, str | int | float) else ""
+    shown = f" (found {value!r})" if isinstance(value, str | int | float) and len(str(value)) <= 100 else ""
     match detail["type"]:
         case "missing":
             what = "required, and not there"
@@ -996,12 +1002,18 @@ def _problem(detail: Any) -> str:
             what = f"must be {LOOKS_LIKE.get(pattern, f'text that matches {pattern}')}"
         case "literal_error":
             what = f"must be one of {detail['ctx']['expected']}"
+        case "string_type":
+            what = "must be text; put it in quotes" if isinstance(value, int | float) else "must be text"
+        case "string_too_long":
+            what = f"must have at most {detail['ctx']['max_length']} characters"
+        case "tuple_type":
+            what = "must be a list"
         case "too_short":
-            what, shown = f"must have at least {detail['ctx']['min_length']} items", ""
+            what = f"must have at least {detail['ctx']['min_length']} items"
         case "too_long":
-            what, shown = f"must have at most {detail['ctx']['max_length']} items", ""
+            what = f"must have at most {detail['ctx']['max_length']} items"
         case "value_error":
-            what = str(detail["ctx"]["error"])
+            what, shown = str(detail["ctx"]["error"]), ""
         case _:
-            what = detail["msg"].replace("Input should be", "must be").replace("Input should", "must")
+            what = detail["msg"].replace("Input should", "must")
     return f"{where}: {what}{shown}"

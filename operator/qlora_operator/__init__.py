@@ -1,0 +1,1 @@
+"""The operator: decides what a QLoRAJob needs next, and does it."""

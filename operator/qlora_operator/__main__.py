@@ -1,0 +1,19 @@
+"""`python -m qlora_operator`: run the operator with the settings in $QLORA_CONFIG."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from qlora_operator import settings
+from qlora_operator.handlers import run
+
+
+def main() -> None:
+    """Run until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    asyncio.run(run(settings.load()))
+
+
+if __name__ == "__main__":
+    main()

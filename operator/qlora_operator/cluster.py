@@ -1,0 +1,173 @@
+"""Every Kubernetes call, raw dicts in and out. The client's errors become `Refused` here, once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kubernetes.aio import client, config
+from kubernetes.aio.config import ConfigException
+
+from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from qlora_operator.manifests.names import JOB_LABEL
+
+FIELD_MANAGER = "qlora-operator"
+APPLY = "application/apply-patch+yaml"
+TIMEOUT_SECONDS = 30
+
+Raw = dict[str, Any]
+
+
+class Refused(Exception):
+    """The API server answered with an error."""
+
+    def __init__(self, call: str, code: int, body: str) -> None:
+        self.code = code
+        try:
+            message = json.loads(body).get("message", body)
+        except (json.JSONDecodeError, AttributeError):
+            message = body
+        super().__init__(f"{call}: {code} {message[:500]}")
+
+
+async def connect() -> Cluster:
+    """The cluster that this process runs in, or the one of the current kubeconfig. Raises SystemExit without either."""
+    try:
+        config.load_incluster_config()
+    except ConfigException:
+        try:
+            await config.load_kube_config()
+        except ConfigException as error:
+            raise SystemExit(f"no cluster: not in a pod, and {error}") from error
+    return Cluster(client.ApiClient())
+
+
+class Cluster:
+    """The calls that the operator makes, and no other."""
+
+    def __init__(self, api: client.ApiClient) -> None:
+        self._api = api
+        self._core = client.CoreV1Api(api)
+        self._batch = client.BatchV1Api(api)
+        self._custom = client.CustomObjectsApi(api)
+
+    async def close(self) -> None:
+        await self._api.close()
+
+    # --- QLoRAJobs ---
+
+    async def job(self, namespace: str, name: str) -> Raw | None:
+        call = self._custom.get_namespaced_custom_object_without_preload_content
+        return await _found(f"get {KIND} {name}", call(GROUP, VERSION, namespace, PLURAL, name))
+
+    async def jobs(self, namespace: str | None) -> list[Raw]:
+        """All of a namespace, or of all namespaces."""
+        if namespace is None:
+            call = self._custom.list_cluster_custom_object_without_preload_content(GROUP, VERSION, PLURAL)
+        else:
+            call = self._custom.list_namespaced_custom_object_without_preload_content(GROUP, VERSION, namespace, PLURAL)
+        return (await _answered(f"list {KIND}s", call))["items"]
+
+    async def apply_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> bool:
+        """Server-side apply of the whole status, as its only writer. False when the job is gone."""
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "status": status}
+        call = self._custom.patch_namespaced_custom_object_status_without_preload_content(
+            GROUP, VERSION, namespace, PLURAL, name, body, field_manager=FIELD_MANAGER, force=True, _content_type=APPLY
+        )
+        return await _found(f"apply status of {name}", call) is not None
+
+    # --- children ---
+
+    async def stage_job(self, namespace: str, name: str) -> Raw | None:
+        call = self._batch.read_namespaced_job_without_preload_content
+        return await _found(f"get Job {name}", call(name, namespace))
+
+    async def pods(self, namespace: str, stage_job: str) -> list[Raw]:
+        """The pods of a Job."""
+        call = self._core.list_namespaced_pod_without_preload_content
+        selector = f"batch.kubernetes.io/job-name={stage_job},{JOB_LABEL}"
+        return (await _answered(f"list pods of {stage_job}", call(namespace, label_selector=selector)))["items"]
+
+    async def has_claim(self, namespace: str, name: str) -> bool:
+        call = self._core.read_namespaced_persistent_volume_claim_without_preload_content
+        claim = await _found(f"get PersistentVolumeClaim {name}", call(name, namespace))
+        return claim is not None and not claim["metadata"].get("deletionTimestamp")
+
+    async def create(self, manifest: Raw) -> None:
+        """Create a child. One of that name that is ours counts as created, with two exceptions.
+
+        An order that says something else is replaced (its attempt has not started), and one that is being deleted or
+        belongs to somebody else raises `Refused`.
+        """
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        namespace, name = metadata["namespace"], metadata["name"]
+        what = f"create {kind} {name}"
+        try:
+            await _answered(what, self._creates(kind)(namespace, manifest, field_manager=FIELD_MANAGER))
+        except Refused as refused:
+            if refused.code != 409:
+                raise
+            there = await _found(f"get {kind} {name}", self._reads(kind)(name, namespace))
+            if there is None or there["metadata"].get("deletionTimestamp"):
+                raise
+            owner = metadata["ownerReferences"][0]["uid"]
+            if owner not in {o["uid"] for o in there["metadata"].get("ownerReferences", ())}:
+                raise Refused(what, 409, f"{kind} {name} exists and belongs to somebody else; delete it") from refused
+            if kind == "ConfigMap" and there.get("data") != manifest["data"]:
+                await self.delete(kind, namespace, name)
+                await _answered(what, self._creates(kind)(namespace, manifest, field_manager=FIELD_MANAGER))
+
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
+        """Delete a child, its dependents first: a Job stays visible until its pods are gone."""
+        body = {"propagationPolicy": "Foreground"} if kind == "Job" else {}
+        await _found(f"delete {kind} {name}", self._deletes(kind)(name, namespace, body=body))
+
+    def _creates(self, kind: str) -> Any:
+        return {
+            "ConfigMap": self._core.create_namespaced_config_map_without_preload_content,
+            "PersistentVolumeClaim": self._core.create_namespaced_persistent_volume_claim_without_preload_content,
+            "Job": self._batch.create_namespaced_job_without_preload_content,
+        }[kind]
+
+    def _reads(self, kind: str) -> Any:
+        return {
+            "ConfigMap": self._core.read_namespaced_config_map_without_preload_content,
+            "PersistentVolumeClaim": self._core.read_namespaced_persistent_volume_claim_without_preload_content,
+            "Job": self._batch.read_namespaced_job_without_preload_content,
+        }[kind]
+
+    def _deletes(self, kind: str) -> Any:
+        return {
+            "ConfigMap": self._core.delete_namespaced_config_map_without_preload_content,
+            "PersistentVolumeClaim": self._core.delete_namespaced_persistent_volume_claim_without_preload_content,
+            "Job": self._batch.delete_namespaced_job_without_preload_content,
+        }[kind]
+
+    # --- the cluster at large ---
+
+    async def nodes(self) -> list[Raw]:
+        return (await _answered("list nodes", self._core.list_node_without_preload_content()))["items"]
+
+    async def create_event(self, namespace: str, event: Raw) -> None:
+        create: Any = self._core.create_namespaced_event_without_preload_content  # its stub asks for a typed event
+        await _answered("create event", create(namespace, event))
+
+
+async def _answered(what: str, call: Any) -> Any:
+    """The JSON body of a call's answer. Raises `Refused` for a status of 300 and above."""
+    response = await call
+    body = await response.read()
+    if response.status >= 300:
+        raise Refused(what, response.status, body.decode(errors="replace"))
+    return json.loads(body)
+
+
+async def _found(what: str, call: Any) -> Any | None:
+    """As `_answered`, and None for 404."""
+    try:
+        return await _answered(what, call)
+    except Refused as refused:
+        if refused.code == 404:
+            return None
+        raise

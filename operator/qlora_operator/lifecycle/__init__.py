@@ -1,0 +1,1 @@
+"""(job, observed, now) → actions, status, when to look again. Pure."""

@@ -1,0 +1,47 @@
+"""The conditions Inspected, Planned, Scheduled, Trained and Published, from what is recorded and seen."""
+
+from __future__ import annotations
+
+from qlora_api.exchange import Stage
+from qlora_api.v1alpha1 import ConditionType, Phase, Severity
+from qlora_operator.lifecycle.conditions import Situation, Stance
+from qlora_operator.lifecycle.observed import Active, Job, Observed
+from qlora_operator.lifecycle.tasks import TRAIN, Task, ended, is_done, tasks
+
+Said = tuple[Severity, str, str]
+
+REACHED_BY = {
+    Stage.INSPECT: ConditionType.INSPECTED,
+    Stage.TRAIN: ConditionType.TRAINED,
+    Stage.MERGE: ConditionType.PUBLISHED,
+    Stage.PUBLISH: ConditionType.PUBLISHED,
+}
+
+
+def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task | None) -> dict[ConditionType, Said]:
+    """Those that are reached (True) or refused (False, with the reason); the others are left out."""
+    status = job.status
+    said: dict[ConditionType, Said] = {}
+    if found := status.inspection:
+        text = f"{found.architecture}, {found.shape.parameters:,} parameters, {found.examples:,} examples"
+        said[ConditionType.INSPECTED] = ("True", "Inspected", text)
+    if plan := status.plan:
+        where = f"{plan.gpus} × {plan.flavour}" if plan.gpus else "CPU"
+        said[ConditionType.PLANNED] = ("True", "Planned", f"{plan.recipe.method} on {where}")
+    elif situation.phase is Phase.PLANNING or (situation.stance is Stance.FAILED and failed_at is None):
+        said[ConditionType.PLANNED] = ("False", situation.reason, situation.message)
+    training = seen.attempts.get(TRAIN.job_name(job.metadata.name, len(ended(status, TRAIN)) + 1))
+    if is_done(status, TRAIN):
+        said[ConditionType.SCHEDULED] = ("True", "Scheduled", "")
+        loss = f"loss {status.progress.loss:.3f}" if status.progress and status.progress.loss is not None else ""
+        said[ConditionType.TRAINED] = ("True", "Trained", loss)
+    elif isinstance(training, Active):
+        if training.waiting:
+            said[ConditionType.SCHEDULED] = ("False", "Waiting", training.waiting)
+        elif training.node:
+            said[ConditionType.SCHEDULED] = ("True", "Scheduled", f"on node {training.node}")
+    if all(is_done(status, task) for task in tasks(job.spec)):
+        said[ConditionType.PUBLISHED] = ("True", "Published", "")
+    if failed_at is not None:
+        said[REACHED_BY[failed_at.stage]] = ("False", situation.reason, situation.message)
+    return said

@@ -1,0 +1,131 @@
+"""What the cluster has of one job, read from raw objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from qlora_api.exchange import Report, parse_report
+from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
+
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A QLoRAJob: what it asks for, and what the operator has recorded of it."""
+
+    metadata: Metadata
+    spec: JobSpec
+    status: JobStatus
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The attempt's Job is not there: never created, or deleted."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """The attempt's Job is being deleted; its pod may still be writing."""
+
+
+@dataclass(frozen=True)
+class Active:
+    """The attempt's Job is not over. `waiting` says why no container runs, where that is known."""
+
+    node: str | None = None
+    started: datetime | None = None
+    waiting: str | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The attempt's Job is over. Without a `report` the container wrote none: it was killed, or its pod is gone."""
+
+    succeeded: bool
+    exit_code: int | None = None
+    report: Report | None = None
+    detail: str = ""
+    node: str | None = None
+    started: datetime | None = None
+    ended: datetime | None = None
+
+
+Seen = Absent | Stopping | Active | Ended
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything that a decision about one job looks at. `nodes` is None where they were not needed."""
+
+    attempts: Mapping[str, Seen] = field(default_factory=dict)
+    claims: Mapping[str, bool] = field(default_factory=dict)
+    nodes: Sequence[Raw] | None = None
+
+
+def moment(text: str | None) -> datetime | None:
+    """A Kubernetes timestamp."""
+    return datetime.fromisoformat(text) if text else None
+
+
+def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
+    """What became of an attempt, from its Job and the Job's pods."""
+    if job is None:
+        return Absent()
+    if job["metadata"].get("deletionTimestamp"):
+        return Stopping()
+    verdict = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
+    pod = max(pods, key=lambda p: p["metadata"]["creationTimestamp"], default=None)
+    if not verdict & {"Complete", "Failed"}:
+        return _active(pod)
+    return _ended(job, pod, succeeded="Complete" in verdict)
+
+
+def _active(pod: Raw | None) -> Active:
+    if pod is None:
+        return Active()
+    status = pod.get("status", {})
+    node = pod.get("spec", {}).get("nodeName")
+    started = moment(status.get("startTime"))
+    for container in status.get("containerStatuses", ()):
+        waiting = container.get("state", {}).get("waiting")
+        if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return Active(node, started, f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": "))
+        if "running" in container.get("state", {}):
+            return Active(node, started)
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return Active(node, None, f"not scheduled: {condition.get('message', '')}".rstrip(": "))
+    return Active(node, started, "the container is being created")
+
+
+def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
+    status = job.get("status", {})
+    verdict = next(c for c in status["conditions"] if c["type"] in ("Complete", "Failed") and c["status"] == "True")
+    over = moment(status.get("completionTime") or verdict.get("lastTransitionTime"))
+    started = moment(status.get("startTime"))
+    if pod is None:
+        return Ended(succeeded, detail="its pod is gone", started=started, ended=over)
+    node = pod.get("spec", {}).get("nodeName")
+    containers = pod.get("status", {}).get("containerStatuses", ())
+    terminated = next((c["state"]["terminated"] for c in containers if "terminated" in c.get("state", {})), None)
+    if terminated is None:
+        detail = pod.get("status", {}).get("message") or verdict.get("message", "")
+        return Ended(succeeded, detail=detail, node=node, started=started, ended=over)
+    text = terminated.get("message", "")
+    try:
+        report, detail = parse_report(text), ""
+    except ValueError:
+        report, detail = None, text[-500:].strip() or terminated.get("reason", "")
+    return Ended(
+        succeeded,
+        exit_code=terminated.get("exitCode"),
+        report=report,
+        detail=detail,
+        node=node,
+        started=moment(terminated.get("startedAt")) or started,
+        ended=moment(terminated.get("finishedAt")) or over,
+    )

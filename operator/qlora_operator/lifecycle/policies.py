@@ -1,0 +1,327 @@
+"""The decisions: one policy per situation, asked in order; the first that applies answers.
+
+Each takes the job as recorded, what the cluster has of it and the time, and returns a `Step` or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from qlora_api.exchange import Stage
+from qlora_api.support import unsupported
+from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, WorkVolume
+from qlora_operator import planner
+from qlora_operator.lifecycle import results
+from qlora_operator.lifecycle.answers import Again, AgainWithHalfTheMicroBatch, GiveUp, Outcome, answer
+from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
+from qlora_operator.lifecycle.milestones import milestones
+from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
+from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Step, Stop
+from qlora_operator.lifecycle.tasks import INSPECT, TRAIN, Task, current, ended, is_done, tasks
+
+S = TypeVar("S", Absent, Stopping, Active, Ended)
+
+NOW = timedelta()
+SOON = timedelta(seconds=2)
+WHEN_NODES_CHANGE = timedelta(seconds=60)
+
+FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
+PHASE_OF = {
+    Stage.INSPECT: Phase.INSPECTING,
+    Stage.TRAIN: Phase.TRAINING,
+    Stage.MERGE: Phase.MERGING,
+    Stage.PUBLISH: Phase.PUBLISHING,
+}
+
+
+def next_step(job: Job, seen: Observed, now: datetime) -> Step:
+    """What to do for `job`, given what exists in the cluster. Pure."""
+    for policy in POLICIES:
+        if step := policy(job, seen, now):
+            return step
+    raise AssertionError("the last policy applies always")
+
+
+def work_claim(job: Job) -> str:
+    """Name of the claim that the stages work in: the user's, or the job's own."""
+    return job.spec.storage.claim_name or f"{job.metadata.name}-work"
+
+
+def needs_nodes(job: Job) -> bool:
+    """Whether a decision about `job` will look at the cluster's nodes: it is to be planned."""
+    plan = job.status.plan
+    if job.status.inspection is None or job.status.phase in FINISHED or is_done(job.status, TRAIN):
+        return False
+    return plan is None or plan.planned_for != planned_for(job)
+
+
+def refuse_unreadable(metadata: Mapping[str, Any], sentences: list[str], now: datetime) -> JobStatus:
+    """The status of a job that the models cannot read: one stored under another version of the CRD."""
+    situation = Situation(Phase.FAILED, "Unreadable", "; ".join(sentences), Stance.FAILED)
+    return with_situation(JobStatus(), situation, {}, generation=metadata["generation"], now=now)
+
+
+# --- the end ---
+
+
+def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Stop what a failed job still runs, and give the work volume back unless it is to be kept. Nothing else, ever."""
+    if job.status.phase not in FINISHED:
+        return None
+    actions: list[Action] = [Stop(task, n) for task, n, _ in _in_state(job, seen, Active)]
+    status = job.status
+    volume = status.work_volume
+    if volume and volume.retained and not _is_kept(job):
+        actions.append(DeleteWorkVolume())
+        status = status.model_copy(update={"work_volume": volume.model_copy(update={"retained": False})})
+    if status.observed_generation != job.metadata.generation:  # suspend may still be edited, to no effect
+        status = status.model_copy(update={"observed_generation": job.metadata.generation})
+    return Step(status, tuple(actions))
+
+
+def _is_kept(job: Job) -> bool:
+    storage = job.spec.storage
+    if storage.claim_name is not None:
+        return True
+    return storage.retain == "Keep" or (storage.retain == "OnFailure" and job.status.phase is Phase.FAILED)
+
+
+def spec_asks_for_what_is_not_built(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """A field that this version would ignore is refused instead."""
+    if not (sentences := unsupported(job.spec)):
+        return None
+    return _fail(job, seen, now, "NotSupported", "; ".join(sentences))
+
+
+def a_task_is_given_up(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """No further attempt can help: the job fails, and what else runs is stopped."""
+    for task, _ in current(job.spec, job.status):
+        if isinstance(verdict := _answer(job, task), GiveUp):
+            return _fail(job, seen, now, verdict.reason, verdict.message, at=task)
+    return None
+
+
+def everything_is_published(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Done: every task has succeeded."""
+    if not all(is_done(job.status, task) for task in tasks(job.spec)):
+        return None
+    where = ", ".join(f"{artifact.name} at {artifact.uri}" for artifact in job.status.artifacts if artifact.uri)
+    return _say(job, seen, now, Situation(Phase.SUCCEEDED, "Published", f"published {where}", Stance.READY), after=NOW)
+
+
+# --- attempts ---
+
+
+def attempts_have_ended(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Record every attempt that is over, with its result, before anything builds on it."""
+    status = job.status
+    for task, n, state in _in_state(job, seen, Ended):
+        status = results.recorded(status, job.metadata.name, task, n, state)
+        verdict = _answer(Job(job.metadata, job.spec, status), task)
+        if isinstance(verdict, AgainWithHalfTheMicroBatch) and status.plan:
+            status = results.with_half_the_micro_batch(status)
+    if status is job.status:
+        return None
+    return _say(Job(job.metadata, job.spec, status), seen, now, _underway(job, seen), after=NOW)
+
+
+def inspection_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Look at model and data, on a CPU, before anything else."""
+    if job.status.inspection is not None:
+        return None
+    return _start(job, seen, now, only=INSPECT)
+
+
+# --- the plan ---
+
+
+def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Size and place; anew when hardware or pod template were edited while suspended."""
+    inspection = job.status.inspection
+    old = job.status.plan
+    wanted = planned_for(job)
+    if inspection is None or is_done(job.status, TRAIN) or (old is not None and old.planned_for == wanted):
+        return None
+    begun = bool(ended(job.status, TRAIN)) or job.status.work_volume is not None
+    made = planner.plan(job.spec, inspection, seen.nodes or (), keep=old.recipe if old and begun else None)
+    if isinstance(made, Plan):
+        planned = job.status.model_copy(
+            update={
+                "plan": made.model_copy(update={"planned_for": wanted}),
+                "progress": Progress(percent=_percent(job, job.status), steps=made.steps),
+            }
+        )
+        where = f"{made.gpus} × {made.flavour}" if made.gpus else "CPU"
+        message = f"planned: {made.recipe.method} on {where}, micro-batch {made.micro_batch_size}"
+        situation = Situation(Phase.PLANNING, "Planned", message)
+        return _say(Job(job.metadata, job.spec, planned), seen, now, situation, after=NOW)
+    if made.final:
+        return _fail(job, seen, now, made.reason, made.message)
+    return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message), after=WHEN_NODES_CHANGE)
+
+
+def planned_for(job: Job) -> str:
+    """Fingerprint of the parts of the spec that a plan depends on and that may change."""
+    return results.fingerprint(job.spec.hardware.to_api(), job.spec.pod_template.to_api())
+
+
+def rests_at_its_plan(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """`planOnly`: the plan is what was asked for."""
+    if not job.spec.plan_only:
+        return None
+    message = "planned; set spec.planOnly to false to go on"
+    return _say(job, seen, now, Situation(Phase.PLANNED, "PlanReady", message, Stance.READY))
+
+
+# --- suspension ---
+
+
+def is_suspended(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Stop what runs, with a checkpoint, and rest. The attempt is not over: it goes on under the same name."""
+    if not job.spec.suspend:
+        return None
+    running = [(task, n) for task, n, _ in _in_state(job, seen, Active)]
+    stopping = [task for task, _, _ in _in_state(job, seen, Stopping)]
+    if running or stopping:
+        names = ", ".join(sorted({task.name for task, _ in running} | {task.name for task in stopping}))
+        situation = Situation(Phase.SUSPENDED, "Suspending", f"stopping {names}, with a checkpoint")
+        actions = tuple(Stop(task, n) for task, n in running)
+        return _say(job, seen, now, situation, actions=actions, after=SOON)
+    message = "suspended; set spec.suspend to false to go on"
+    return _say(job, seen, now, Situation(Phase.SUSPENDED, "Suspended", message, Stance.RESTING))
+
+
+# --- running ---
+
+
+def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Claim it, with its size known; a claim that the user named must be there."""
+    claim = work_claim(job)
+    if seen.claims.get(claim):
+        if job.status.work_volume is not None:
+            return None
+        volume = job.status.model_copy(update={"work_volume": WorkVolume(claim_name=claim)})
+        return _say(Job(job.metadata, job.spec, volume), seen, now, _underway(job, seen), after=NOW)
+    if job.spec.storage.claim_name is not None:
+        message = f"spec.storage.claimName: there is no PersistentVolumeClaim {claim} in this namespace; create it"
+        return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
+    situation = Situation(Phase.SCHEDULING, "Claiming", f"claiming the work volume {claim}")
+    return _say(job, seen, now, situation, actions=(CreateWorkVolume(),), after=NOW)
+
+
+def tasks_are_to_run(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Start what can start, and say what is under way."""
+    return _start(job, seen, now)
+
+
+POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
+    job_is_over,
+    spec_asks_for_what_is_not_built,
+    attempts_have_ended,
+    a_task_is_given_up,
+    everything_is_published,
+    inspection_is_missing,
+    plan_is_missing,
+    rests_at_its_plan,
+    is_suspended,
+    work_volume_is_missing,
+    tasks_are_to_run,
+)
+
+
+def _start(job: Job, seen: Observed, now: datetime, *, only: Task | None = None) -> Step:
+    """Start the absent tasks whose back-off is over; look again when the next one's is."""
+    actions: list[Action] = []
+    waits: list[timedelta] = []
+    retried: list[str] = []
+    for task, n, _ in _in_state(job, seen, Absent):
+        if only is not None and task != only:
+            continue
+        verdict = _answer(job, task)
+        delay = verdict.delay if isinstance(verdict, Again) else NOW
+        last = ended(job.status, task)[-1:]
+        since = now - last[0].ended if last and last[0].ended else delay
+        if since < delay:
+            waits.append(delay - since)
+            retried.append(
+                f"{last[0].job} {(last[0].outcome or '').lower()}, {task.name} starts again after a back-off"
+            )
+        else:
+            actions.append(Start(task, n))
+    if any(_in_state(job, seen, Stopping)):
+        waits.append(SOON)
+    situation = _underway(job, seen)
+    if retried and not actions and not any(_in_state(job, seen, Active)):
+        situation = Situation(situation.phase, "BackOff", "; ".join(retried))
+    return _say(job, seen, now, situation, actions=tuple(actions), after=min(waits, default=None))
+
+
+def _answer(job: Job, task: Task) -> GiveUp | Again | None:
+    """What follows the task's last ended attempt; None where there is none, or it succeeded."""
+    attempts = ended(job.status, task)
+    if not attempts or attempts[-1].outcome == Outcome.SUCCEEDED:
+        return None
+    size = job.status.plan.micro_batch_size if job.status.plan and task == TRAIN else None
+    return answer(attempts, job.spec.retry, micro_batch_size=size)
+
+
+def _in_state(job: Job, seen: Observed, kind: type[S]) -> Iterator[tuple[Task, int, S]]:
+    for task, n in current(job.spec, job.status):
+        state = seen.attempts.get(task.job_name(job.metadata.name, n), Absent())
+        if isinstance(state, kind):
+            yield task, n, state
+
+
+def _underway(job: Job, seen: Observed) -> Situation:
+    """The phase is that of the earliest task under way; the message says what each does, or why it waits."""
+    at_work = [(task, state) for task, _, state in _in_state(job, seen, Active)]
+    todo = current(job.spec, job.status)
+    if not at_work:
+        first = todo[0][0] if todo else None
+        phase = PHASE_OF[first.stage] if first else Phase.PUBLISHING
+        return Situation(phase, "Starting", f"starting {', '.join(task.name for task, _ in todo)}" if todo else "done")
+    phase = PHASE_OF[at_work[0][0].stage]
+    texts = []
+    waiting = False
+    for task, state in at_work:
+        waiting = waiting or (task == TRAIN and state.waiting is not None)
+        texts.append(f"{task.name} {f'waits: {state.waiting}' if state.waiting else 'is running'}")
+    if waiting:
+        return Situation(Phase.SCHEDULING, "Waiting", "; ".join(texts))
+    return Situation(phase, "Running", "; ".join(texts))
+
+
+def _percent(job: Job, status: JobStatus) -> int:
+    """Share of the tasks that are done."""
+    todo = tasks(job.spec)
+    return 100 * sum(is_done(status, task) for task in todo) // len(todo)
+
+
+def _fail(job: Job, seen: Observed, now: datetime, reason: str, message: str, *, at: Task | None = None) -> Step:
+    situation = Situation(Phase.FAILED, reason, message, Stance.FAILED)
+    return _say(job, seen, now, situation, after=NOW, failed_at=at)
+
+
+def _say(
+    job: Job,
+    seen: Observed,
+    now: datetime,
+    situation: Situation,
+    *,
+    actions: tuple[Action, ...] = (),
+    after: timedelta | None = None,
+    failed_at: Task | None = None,
+) -> Step:
+    """The step that writes `situation` over what is recorded in `job.status`."""
+    status = results.with_live_attempts(job, seen)
+    progress = (status.progress or Progress()).model_copy(update={"percent": _percent(job, status)})
+    status = with_situation(
+        status.model_copy(update={"progress": progress}),
+        situation,
+        milestones(job, seen, situation, failed_at),
+        generation=job.metadata.generation,
+        now=now,
+    )
+    return Step(status, actions, after)

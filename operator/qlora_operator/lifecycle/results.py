@@ -1,0 +1,133 @@
+"""How an attempt's end changes what is recorded: the attempt itself, and the result that it brought."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from qlora_api.exchange import RESULT_OF, Inspection, MergeResult, PublishResult, TrainResult
+from qlora_api.v1alpha1 import Artifact, Attempt, EvaluationResult, JobStatus, Progress, Serving
+from qlora_operator.lifecycle.answers import Outcome, outcome
+from qlora_operator.lifecycle.observed import Active, Ended, Job, Observed
+from qlora_operator.lifecycle.tasks import Task, current
+
+MESSAGE_MAX = 1000
+
+
+def fingerprint(*parts: Any) -> str:
+    """`sha256:…` of JSON values."""
+    return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
+
+
+def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended) -> JobStatus:
+    """`status` with the ended attempt `n` of `task`, and with its result if it has one."""
+    how = outcome(seen)
+    failure = seen.report.failure if seen.report and seen.report.failure else seen.detail
+    attempt = Attempt(
+        n=n,
+        stage=task.stage,
+        artifact=task.artifact,
+        job=task.job_name(job, n),
+        node=seen.node,
+        started=seen.started,
+        ended=seen.ended,
+        outcome=how,
+        exit_code=seen.exit_code,
+        message=None if how is Outcome.SUCCEEDED else (failure or None) and failure[:MESSAGE_MAX],
+    )
+    over = tuple(a for a in status.attempts if a.outcome)
+    status = status.model_copy(update={"attempts": (*over, attempt)})
+    if how is not Outcome.SUCCEEDED or seen.report is None:
+        return status
+    result = RESULT_OF[task.stage].model_validate(seen.report.result)
+    return _with_result(status, task, result)
+
+
+def _with_result(
+    status: JobStatus, task: Task, result: Inspection | TrainResult | MergeResult | PublishResult
+) -> JobStatus:
+    match result:
+        case Inspection():
+            return status.model_copy(update={"inspection": result})
+        case TrainResult():
+            return _trained(status, result)
+        case MergeResult():
+            merged = Artifact(
+                name="merged", state="Made", digest=result.digest, bytes=result.bytes, parity=result.parity
+            )
+            return _with_artifact(status, merged)
+        case PublishResult():
+            made = next(a for a in status.artifacts if a.name == task.artifact)
+            published = {
+                "state": "Published",
+                "uri": result.uri,
+                "digest": result.digest,
+                "bytes": result.bytes,
+                "serving": serving(made.name, result.uri),
+            }
+            return _with_artifact(status, made.model_copy(update=published))
+
+
+def _trained(status: JobStatus, result: TrainResult) -> JobStatus:
+    progress = Progress(
+        step=result.steps,
+        steps=result.steps,
+        epoch=round(result.epochs, 2),
+        loss=round(result.train_loss, 4),
+        eval_loss=None if result.eval_loss is None else round(result.eval_loss, 4),
+        tokens_per_second=round(result.tokens_per_second),
+        remaining="0s",
+    )
+    update: dict[str, Any] = {"progress": progress}
+    if result.scores:
+        update["evaluation"] = EvaluationResult(scores=tuple(result.scores))
+    if status.plan is not None:
+        memory = status.plan.memory.model_copy(update={"measured_bytes": result.peak_memory_bytes})
+        update["plan"] = status.plan.model_copy(update={"memory": memory})
+    status = status.model_copy(update=update)
+    adapter = Artifact(name="adapter", state="Made", digest=result.adapter_digest, bytes=result.adapter_bytes)
+    return _with_artifact(status, adapter)
+
+
+def _with_artifact(status: JobStatus, artifact: Artifact) -> JobStatus:
+    others = tuple(a for a in status.artifacts if a.name != artifact.name)
+    return status.model_copy(update={"artifacts": (*others, artifact)})
+
+
+def serving(artifact: str, uri: str) -> Serving | None:
+    """The lines that serve an artifact with vLLM and KServe (kserve.io, storage URIs of claims)."""
+    path = f"/mnt/models/{uri.partition('://')[2].partition('/')[2]}"
+    if artifact == "merged":
+        return Serving(vllm=f"vllm serve {path}", kserve=f"storageUri: {uri}")
+    return Serving(vllm=f"vllm serve BASE --enable-lora --lora-modules tuned={path}")
+
+
+def with_half_the_micro_batch(status: JobStatus) -> JobStatus:
+    """The plan with the next smaller micro-batch that divides the effective batch, and the change noted on the attempt
+    that ran out of memory."""
+    plan = status.plan
+    if plan is None:
+        raise ValueError("there is no plan to change")
+    effective = plan.recipe.effective_batch_size
+    size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if effective % n == 0)
+    change = (
+        f"micro-batch {plan.micro_batch_size} → {size}, accumulation {plan.gradient_accumulation} → {effective // size}"
+    )
+    last = status.attempts[-1].model_copy(update={"change": change})
+    smaller = plan.model_copy(update={"micro_batch_size": size, "gradient_accumulation": effective // size})
+    return status.model_copy(update={"plan": smaller, "attempts": (*status.attempts[:-1], last)})
+
+
+def with_live_attempts(job: Job, seen: Observed) -> JobStatus:
+    """The recorded attempts, and after them those that are at work on a node."""
+    over = tuple(a for a in job.status.attempts if a.outcome)
+    live = []
+    for task, n in current(job.spec, job.status):
+        name = task.job_name(job.metadata.name, n)
+        state = seen.attempts.get(name)
+        if isinstance(state, Active) and state.node:
+            live.append(
+                Attempt(n=n, stage=task.stage, artifact=task.artifact, job=name, node=state.node, started=state.started)
+            )
+    return job.status.model_copy(update={"attempts": (*over, *live)})

@@ -1,0 +1,47 @@
+"""What a decision is: actions on the cluster, the status to write, and when to look again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from qlora_api.v1alpha1 import JobStatus
+from qlora_operator.lifecycle.tasks import Task
+
+
+@dataclass(frozen=True)
+class Start:
+    """Create the attempt's order and Job."""
+
+    task: Task
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Delete the attempt's Job; its pod gets SIGTERM and its grace period."""
+
+    task: Task
+    attempt: int
+
+
+@dataclass(frozen=True)
+class CreateWorkVolume:
+    """Claim the work volume, as large as the plan says."""
+
+
+@dataclass(frozen=True)
+class DeleteWorkVolume:
+    """Give the work volume back."""
+
+
+Action = Start | Stop | CreateWorkVolume | DeleteWorkVolume
+
+
+@dataclass(frozen=True)
+class Step:
+    """Do the `actions` in order, then write `status`, then look again after `after` (None: when something changes)."""
+
+    status: JobStatus
+    actions: tuple[Action, ...] = ()
+    after: timedelta | None = None

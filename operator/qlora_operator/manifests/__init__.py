@@ -1,0 +1,1 @@
+"""Plan → ConfigMaps, Jobs and claims, as plain dicts. Pure."""

@@ -1,0 +1,187 @@
+"""The batch/v1 Job of each stage: one restricted pod without API rights, that runs the trainer image on an order."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from qlora_api.exchange import CLAIMS_MOUNT, ORDER_PATH, WORK_MOUNT, ExitCode, Stage, claim_of
+from qlora_api.v1alpha1 import Plan
+from qlora_operator.lifecycle.observed import Job
+from qlora_operator.lifecycle.policies import work_claim
+from qlora_operator.lifecycle.tasks import Task
+from qlora_operator.manifests.names import child_metadata, labels
+from qlora_operator.placement.flavours import MEMORY, MIB, PRODUCT, RESOURCE
+from qlora_operator.planner import CPU, GPU_TOLERATION
+from qlora_operator.settings import Settings
+
+CONTAINER = "stage"
+USER = 65532
+SCRATCH_MOUNT = "/tmp"
+
+#: A pod lost to a disruption is replaced by the Job controller; every other end is an attempt's end, and the
+#: operator's to answer. Exit codes that are never retried are named, so that the Job's own condition says so too.
+POD_FAILURE_POLICY: dict[str, Any] = {
+    "rules": [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {
+            "action": "FailJob",
+            "onExitCodes": {
+                "containerName": CONTAINER,
+                "operator": "In",
+                "values": sorted(int(code) for code in ExitCode if code and not code.retried),
+            },
+        },
+    ]
+}
+
+CONTAINER_SECURITY: dict[str, Any] = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+}
+
+
+def stage_job(job: Job, task: Task, attempt: int, settings: Settings) -> dict[str, Any]:
+    """The Job that runs `task`'s attempt; its order is the ConfigMap of the same name."""
+    name = task.job_name(job.metadata.name, attempt)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": child_metadata(job, name, task),
+        "spec": {
+            "backoffLimit": 0,
+            "podFailurePolicy": POD_FAILURE_POLICY,
+            "podReplacementPolicy": "Failed",  # never two pods at one work directory
+            "template": {"metadata": _pod_metadata(job, task), "spec": _pod(job, task, name, settings)},
+        },
+    }
+
+
+def _pod_metadata(job: Job, task: Task) -> dict[str, Any]:
+    template = job.spec.pod_template
+    metadata: dict[str, Any] = {"labels": {**(template.labels or {}), **labels(job, task)}}
+    if template.annotations:
+        metadata["annotations"] = dict(template.annotations)
+    return metadata
+
+
+def _pod(job: Job, task: Task, order: str, settings: Settings) -> dict[str, Any]:
+    template = job.spec.pod_template
+    on_gpu = task.stage is Stage.TRAIN and job.spec.hardware.accelerator != CPU
+    mounts = _mounts(job, task)
+    pull_secrets = [*settings.image_pull_secrets, *(s.name for s in template.image_pull_secrets or ())]
+    tolerations = [
+        *settings.tolerations,
+        *(t.to_api() for t in template.tolerations or ()),
+        *([GPU_TOLERATION] if on_gpu else []),
+    ]
+    optional = {
+        "affinity": _affinity(job.status.plan) if on_gpu else None,
+        "imagePullSecrets": [{"name": secret} for secret in dict.fromkeys(pull_secrets)],
+        "nodeSelector": dict(template.node_selector or {}),
+        "priorityClassName": template.priority_class_name,
+        "runtimeClassName": template.runtime_class_name if on_gpu else None,
+        "serviceAccountName": template.service_account_name,
+        "tolerations": tolerations,
+    }
+    return {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": CONTAINER,
+                "image": template.image or settings.trainer_image,
+                "imagePullPolicy": settings.image_pull_policy,
+                "env": [{"name": key, "value": value} for key, value in sorted(settings.stage_env.items())],
+                "resources": _resources(job, task, settings, on_gpu=on_gpu),
+                "securityContext": CONTAINER_SECURITY,
+                "terminationMessagePolicy": "FallbackToLogsOnError",
+                "volumeMounts": [mount for _, mount in mounts],
+            }
+        ],
+        "volumes": [
+            {"name": "order", "configMap": {"name": order}},
+            *(volume for volume, _ in mounts if volume["name"] != "order"),
+        ],
+        **{key: value for key, value in optional.items() if value},
+    }
+
+
+def _resources(job: Job, task: Task, settings: Settings, *, on_gpu: bool) -> dict[str, Any]:
+    if task.stage is not Stage.TRAIN:
+        stage = settings.cpu_stages
+        return {"requests": dict(stage.requests), "limits": dict(stage.limits)}
+    requests, limits = dict(settings.train_stage.requests), dict(settings.train_stage.limits)
+    plan = job.status.plan
+    if plan is not None:
+        requests["memory"] = f"{-(-plan.host_memory_bytes // MIB)}Mi"
+        if on_gpu:
+            limits[RESOURCE] = str(plan.gpus_per_node)
+    return {"requests": requests, "limits": limits}
+
+
+def _affinity(plan: Plan | None) -> dict[str, Any] | None:
+    """The planned flavour, by its labels; never a node's name."""
+    if plan is None:
+        return None
+    needed = plan.memory.total_bytes * (100 + plan.memory.headroom_percent) // 100
+    expressions = [
+        {"key": PRODUCT, "operator": "In", "values": [plan.flavour]},
+        {"key": MEMORY, "operator": "Gt", "values": [str(-(-needed // MIB) - 1)]},
+    ]
+    required = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+
+
+Mount = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _mounts(job: Job, task: Task) -> list[Mount]:
+    """Volume and mount of all that the stage reads and writes: read-only what it only reads."""
+    order_dir = str(PurePosixPath(ORDER_PATH).parent)
+    mounts: list[Mount] = [
+        ({"name": "order"}, {"name": "order", "mountPath": order_dir, "readOnly": True}),
+        ({"name": "scratch", "emptyDir": {}}, {"name": "scratch", "mountPath": SCRATCH_MOUNT}),
+        (_work_volume(job, task), {"name": "work", "mountPath": WORK_MOUNT}),
+    ]
+    writes = claim_of(job.spec.output.uri)[0] if task.stage is Stage.PUBLISH else None
+    for claim in sorted(_claims(job, task)):
+        read_only = claim != writes
+        source = {"claimName": claim} | ({"readOnly": True} if read_only else {})
+        mount = {"name": f"claim-{len(mounts)}", "mountPath": f"{CLAIMS_MOUNT}/{claim}"}
+        volume = {"name": mount["name"], "persistentVolumeClaim": source}
+        mounts.append((volume, mount | ({"readOnly": True} if read_only else {})))
+    return mounts
+
+
+def _work_volume(job: Job, task: Task) -> dict[str, Any]:
+    """Inspect gets scratch only: the volume is claimed once its size is known, and train is its first consumer."""
+    if task.stage is Stage.INSPECT:
+        return {"name": "work", "emptyDir": {}}
+    return {"name": "work", "persistentVolumeClaim": {"claimName": work_claim(job)}}
+
+
+def _claims(job: Job, task: Task) -> set[str]:
+    spec = job.spec
+    model = [spec.model.uri]
+    held_out = [source.uri for source in (spec.dataset.eval, spec.evaluation.golden) if source]
+    data = [*(source.uri for source in spec.dataset.train), *held_out]
+    uris = {
+        Stage.INSPECT: [*model, *data],
+        Stage.TRAIN: [*model, *data],
+        Stage.MERGE: model,
+        Stage.PUBLISH: [spec.output.uri],
+    }[task.stage]
+    return {claim_of(uri)[0] for uri in uris}

@@ -1,0 +1,155 @@
+"""The order of each stage, from what is recorded, and the ConfigMap that carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+from qlora_api.exchange import (
+    ORDER_PATH,
+    WORK_MOUNT,
+    DataOrder,
+    DataSource,
+    Inspection,
+    InspectOrder,
+    MergeOrder,
+    Order,
+    PublishOrder,
+    Stage,
+    TrainOrder,
+)
+from qlora_api.v1alpha1 import Plan, duration_seconds
+from qlora_operator.lifecycle.observed import Job
+from qlora_operator.lifecycle.results import fingerprint
+from qlora_operator.lifecycle.tasks import Task
+from qlora_operator.manifests.names import child_metadata
+from qlora_operator.settings import Settings
+
+ORDER_KEY = PurePosixPath(ORDER_PATH).name
+
+
+def config_map(job: Job, task: Task, attempt: int, settings: Settings) -> dict[str, Any]:
+    """The immutable ConfigMap with the attempt's order."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": child_metadata(job, task.job_name(job.metadata.name, attempt), task),
+        "immutable": True,
+        "data": {ORDER_KEY: order(job, task, attempt, settings).to_json()},
+    }
+
+
+def order(job: Job, task: Task, attempt: int, settings: Settings) -> Order:
+    """The order of `task`'s attempt. Raises LookupError when what it builds on is not recorded yet."""
+    envelope = {
+        "namespace": job.metadata.namespace,
+        "job": job.metadata.name,
+        "job_uid": job.metadata.uid,
+        "attempt": attempt,
+        "work_dir": f"{WORK_MOUNT}/{job.metadata.name}.{job.metadata.uid[:8]}",
+    }
+    return _ORDERS[task.stage](job, task, settings, envelope)
+
+
+def _inspect(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -> InspectOrder:
+    dataset = job.spec.dataset
+    return InspectOrder(
+        **envelope,
+        model_uri=job.spec.model.uri,
+        data=_data(job),
+        max_length=dataset.max_length,
+        packing=dataset.packing,
+        loss=dataset.loss,
+    )
+
+
+def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -> TrainOrder:
+    inspection, plan = _inspection(job), _plan(job)
+    return TrainOrder(
+        **envelope,
+        model_uri=job.spec.model.uri,
+        model_digest=inspection.model_digest,
+        data=_data(job),
+        data_digest=inspection.data_digest,
+        recipe=plan.recipe,
+        micro_batch_size=plan.micro_batch_size,
+        gradient_accumulation=plan.gradient_accumulation,
+        accelerator=plan.accelerator,
+        cpu_allowed=settings.cpu_allowed,
+        checkpoint_every_seconds=duration_seconds(job.spec.checkpoint.every),
+        checkpoint_keep=job.spec.checkpoint.keep,
+    )
+
+
+def _merge(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -> MergeOrder:
+    return MergeOrder(
+        **envelope,
+        model_uri=job.spec.model.uri,
+        model_digest=_inspection(job).model_digest,
+        recipe=_plan(job).recipe,
+        adapter_digest=_artifact_digest(job, "adapter"),
+        merge_base=job.spec.output.merge_base,
+    )
+
+
+def _publish(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -> PublishOrder:
+    inspection, plan = _inspection(job), _plan(job)
+    if (artifact := task.artifact) is None:
+        raise LookupError("publish without an artifact")
+    return PublishOrder(
+        **envelope,
+        artifact=artifact,
+        artifact_digest=_artifact_digest(job, artifact),
+        output_uri=f"{job.spec.output.uri.rstrip('/')}/{artifact}",
+        overwrite=job.spec.output.overwrite,
+        provenance={
+            "job": f"{job.metadata.namespace}/{job.metadata.name}",
+            "jobUid": job.metadata.uid,
+            "model": {"uri": job.spec.model.uri, "digest": inspection.model_digest},
+            "data": {"uris": [source.uri for source in job.spec.dataset.train], "digest": inspection.data_digest},
+            "recipe": plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "recipeDigest": fingerprint(plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)),
+            "mergeBase": job.spec.output.merge_base if artifact == "merged" else None,
+            "image": job.spec.pod_template.image or settings.trainer_image,
+        },
+    )
+
+
+_ORDERS: dict[Stage, Callable[[Job, Task, Settings, dict[str, Any]], Order]] = {
+    Stage.INSPECT: _inspect,
+    Stage.TRAIN: _train,
+    Stage.MERGE: _merge,
+    Stage.PUBLISH: _publish,
+}
+
+
+def _data(job: Job) -> DataOrder:
+    dataset = job.spec.dataset
+    golden = job.spec.evaluation.golden
+    return DataOrder(
+        train=[DataSource(uri=source.uri, format=source.format) for source in dataset.train],
+        eval=DataSource(uri=dataset.eval.uri, format=dataset.eval.format) if dataset.eval else None,
+        eval_fraction=dataset.eval_fraction,
+        golden=DataSource(uri=golden.uri, format=golden.format) if golden else None,
+        log_samples=dataset.log_samples,
+    )
+
+
+def _inspection(job: Job) -> Inspection:
+    if job.status.inspection is None:
+        raise LookupError("the inspection is not recorded")
+    return job.status.inspection
+
+
+def _plan(job: Job) -> Plan:
+    if job.status.plan is None:
+        raise LookupError("the plan is not recorded")
+    return job.status.plan
+
+
+def _artifact_digest(job: Job, name: str) -> str:
+    for artifact in job.status.artifacts:
+        if artifact.name == name and artifact.digest:
+            return artifact.digest
+    raise LookupError(f"the artifact {name} is not recorded")

@@ -1,0 +1,1 @@
+"""Nodes → GPU flavours → the choice, and why not the others. Pure."""

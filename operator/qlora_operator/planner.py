@@ -1,0 +1,208 @@
+"""From a spec, what inspection found and the cluster's nodes to a plan. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_api.exchange import Inspection, Recipe
+from qlora_api.v1alpha1 import JobSpec, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
+from qlora_operator.placement.choice import Infeasible, choose, micro_batches, with_headroom
+from qlora_operator.placement.flavours import Demands, Refused, flavours
+from qlora_operator.sizing.memory import DTYPE_BYTES, GIB, Memory, lora_parameters, training_memory
+
+DEFAULT_EPOCHS = 3.0
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """No plan is possible. `final` where the spec itself is at fault, and no node could help."""
+
+    reason: str
+    message: str
+    final: bool = False
+
+
+def plan(
+    spec: JobSpec, inspection: Inspection, nodes: Sequence[Mapping[str, Any]], *, keep: Recipe | None = None
+) -> Plan | Unfit:
+    """How to run the job on `nodes` (raw Node objects).
+
+    `keep` is the recipe of a training that has begun: its checkpoints are bound to it, so only the place may change.
+    """
+    candidates = [keep] if keep else recipes(spec, inspection)
+    if isinstance(candidates, Unfit):
+        return candidates
+    if spec.hardware.accelerator == CPU:
+        return _plan_on_cpu(spec, inspection, candidates, nodes)
+    demands = Demands(
+        products=tuple(spec.hardware.gpu_products or ()),
+        node_selector=spec.pod_template.node_selector,
+        tolerations=(GPU_TOLERATION, *(t.to_api() for t in spec.pod_template.tolerations or ())),
+    )
+    found, refused = flavours(nodes, demands)
+    choice = choose(
+        inspection.shape,
+        candidates,
+        found,
+        refused,
+        micro_batch_size=spec.training.micro_batch_size,
+        headroom_percent=spec.hardware.headroom_percent,
+    )
+    if isinstance(choice, Infeasible):
+        return Unfit("NoFlavourFits", f"no GPU can take this training: {choice.message}")
+    return _as_plan(
+        spec,
+        inspection,
+        choice.recipe,
+        choice.memory,
+        flavour=choice.flavour.product,
+        capacity=choice.flavour.memory_bytes,
+        micro_batch_size=choice.micro_batch_size,
+        rejected=choice.rejected,
+    )
+
+
+#: Nodes with GPUs are commonly tainted with the resource's name (as the ExtendedResourceToleration plugin expects).
+GPU_TOLERATION: dict[str, Any] = {"key": "nvidia.com/gpu", "operator": "Exists"}
+
+
+def recipes(spec: JobSpec, inspection: Inspection) -> list[Recipe] | Unfit:
+    """The recipes that the spec allows, the preferred one first: LoRA where it fits, else QLoRA."""
+    known = [m.name for m in inspection.shape.linear]
+    targets = list(spec.lora.target_modules or known)
+    if unknown := sorted(set(targets) - set(known)):
+        return Unfit(
+            "UnknownTargetModules",
+            f"spec.lora.targetModules: the model has no linear layer {', '.join(unknown)}; it has {', '.join(known)}",
+            final=True,
+        )
+    if inspection.max_length > inspection.shape.max_position:
+        return Unfit(
+            "SequenceTooLong",
+            f"spec.dataset.maxLength: {inspection.max_length} tokens, the model takes {inspection.shape.max_position}",
+            final=True,
+        )
+    methods: list[Method] = [spec.method] if spec.method else ["lora", "qlora"]
+    on_cpu = spec.hardware.accelerator == CPU
+    training = spec.training
+    neither = training.epochs is None and training.max_steps is None
+    return [
+        Recipe(
+            method=method,
+            quant_type=spec.quantization.type,
+            double_quant=spec.quantization.double_quant,
+            # CPUs without AMX emulate bfloat16: fp32 is several times faster there and exact.
+            compute_dtype=spec.quantization.compute_dtype or ("float32" if on_cpu else "bfloat16"),
+            rank=spec.lora.rank,
+            alpha=spec.lora.alpha or 2 * spec.lora.rank,
+            dropout=spec.lora.dropout,
+            target_modules=sorted(targets),
+            rslora=spec.lora.rslora,
+            max_length=inspection.max_length,
+            packing=spec.dataset.packing,
+            loss=inspection.loss,
+            epochs=DEFAULT_EPOCHS if neither else training.epochs,
+            max_steps=training.max_steps,
+            learning_rate=training.learning_rate,
+            min_learning_rate=training.min_learning_rate or 0.0,
+            schedule=training.schedule,
+            warmup_fraction=training.warmup_fraction,
+            effective_batch_size=training.effective_batch_size,
+            optimizer=training.optimizer or "paged_adamw_8bit",
+            seed=training.seed,
+            gradient_checkpointing=training.gradient_checkpointing,
+            attention=training.attention or "sdpa",
+            max_grad_norm=training.max_grad_norm,
+            evals_per_epoch=training.evals_per_epoch,
+        )
+        for method in methods
+    ]
+
+
+def steps(recipe: Recipe, sequences: int) -> int:
+    """Optimizer steps of the training. The last batch of an epoch may be short, so each epoch is rounded up."""
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    return math.ceil((recipe.epochs or DEFAULT_EPOCHS) * math.ceil(sequences / recipe.effective_batch_size))
+
+
+def _plan_on_cpu(
+    spec: JobSpec, inspection: Inspection, candidates: Sequence[Recipe], nodes: Sequence[Mapping[str, Any]]
+) -> Plan | Unfit:
+    """The first recipe that fits the memory of the largest node."""
+    largest = max((_allocatable_memory(node) for node in nodes), default=0)
+    for recipe in candidates:
+        for size in micro_batches(recipe, spec.training.micro_batch_size):
+            memory = training_memory(inspection.shape, recipe, micro_batch_size=size, gpu=False)
+            if with_headroom(memory, spec.hardware.headroom_percent) <= largest:
+                return _as_plan(
+                    spec, inspection, recipe, memory, flavour=CPU, capacity=largest, micro_batch_size=size, rejected=()
+                )
+    smallest = training_memory(
+        inspection.shape,
+        candidates[-1],
+        micro_batch_size=micro_batches(candidates[-1], spec.training.micro_batch_size)[-1],
+        gpu=False,
+    )
+    need = with_headroom(smallest, spec.hardware.headroom_percent)
+    return Unfit(
+        "NoNodeFits",
+        f"no node has the memory to train on the CPU: {need / GIB:.1f} GiB needed, the largest has {largest / GIB:.1f}",
+    )
+
+
+def _allocatable_memory(node: Mapping[str, Any]) -> int:
+    text = node.get("status", {}).get("allocatable", {}).get("memory", "0")
+    return int(text) if text.isdigit() else quantity_bytes(text)
+
+
+def _as_plan(
+    spec: JobSpec,
+    inspection: Inspection,
+    recipe: Recipe,
+    memory: Memory,
+    *,
+    flavour: str,
+    capacity: int,
+    micro_batch_size: int,
+    rejected: Sequence[Refused],
+) -> Plan:
+    on_cpu = flavour == CPU
+    return Plan(
+        recipe=recipe,
+        accelerator=spec.hardware.accelerator,
+        flavour=flavour,
+        gpus=0 if on_cpu else 1,
+        gpus_per_node=0 if on_cpu else 1,
+        nodes=1,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation=recipe.effective_batch_size // micro_batch_size,
+        steps=steps(recipe, inspection.sequences),
+        memory=MemoryPlan(
+            items=tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items),
+            total_bytes=memory.total_bytes,
+            gpu_bytes=capacity,
+            headroom_percent=spec.hardware.headroom_percent,
+        ),
+        host_memory_bytes=memory.total_bytes if on_cpu else host_memory_bytes(inspection),
+        disk_bytes=disk_bytes(spec, inspection, recipe),
+        rejected=tuple(Rejected(flavour=r.product, reason=r.reason) for r in rejected),
+    )
+
+
+def host_memory_bytes(inspection: Inspection) -> int:
+    """Host memory of a training on a GPU: the Python stack, and the shards that loading maps (at most 10 GiB count)."""
+    return 4 * GIB + min(inspection.shape.bytes_on_disk, 10 * GIB)
+
+
+def disk_bytes(spec: JobSpec, inspection: Inspection, recipe: Recipe) -> int:
+    """The work volume: the adapter, checkpoints (adapter and two fp32 moments, and one being written), the merged
+    model, and a gibibyte for results."""
+    adapter = 4 * lora_parameters(inspection.shape, rank=recipe.rank, target_modules=recipe.target_modules)
+    merged = inspection.shape.parameters * DTYPE_BYTES.get(inspection.shape.dtype, 4)
+    total = adapter + 3 * adapter * (spec.checkpoint.keep + 1) + GIB
+    return total + merged if "merged" in spec.output.formats else total

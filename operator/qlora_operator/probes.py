@@ -1,0 +1,48 @@
+"""/healthz and /readyz: alive while the resync loop goes round, ready after its first round."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from aiohttp import web
+
+from qlora_operator.settings import Settings
+
+#: Rounds that may fail (the API server may be away for a while) before the process is taken for dead.
+MISSED_ROUNDS = 5
+
+
+class Probes:
+    """The age of the last round, over HTTP."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._started = time.monotonic()
+        self._last_beat: float | None = None
+
+    def beat(self) -> None:
+        """A round of the resync loop is done."""
+        self._last_beat = time.monotonic()
+
+    async def serve(self) -> None:
+        """Serve until cancelled."""
+        app = web.Application()
+        app.add_routes([web.get("/healthz", self._healthz), web.get("/readyz", self._readyz)])
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, port=self._settings.probe_port).start()
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        age = time.monotonic() - (self._last_beat or self._started)
+        alive = age < MISSED_ROUNDS * self._settings.resync_seconds
+        return web.Response(status=200 if alive else 503, text=f"last round {age:.0f} s ago\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        if self._last_beat is None:
+            return web.Response(status=503, text="the first list is not done\n")
+        return web.Response(text="ready\n")

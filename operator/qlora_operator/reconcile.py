@@ -1,0 +1,95 @@
+"""One pass over one job: observe, decide, act, write the status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_api.v1alpha1 import JobStatus, Metadata, Phase, QLoRAJob, problems
+from qlora_operator import events
+from qlora_operator.cluster import Cluster, Refused
+from qlora_operator.lifecycle.observed import Absent, Job, Observed, Seen, see
+from qlora_operator.lifecycle.policies import needs_nodes, next_step, refuse_unreadable, work_claim
+from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Stop
+from qlora_operator.lifecycle.tasks import current
+from qlora_operator.manifests.claims import work_volume_claim
+from qlora_operator.manifests.jobs import stage_job
+from qlora_operator.manifests.orders import config_map
+from qlora_operator.settings import Settings
+from qlora_operator.workqueue import Key
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Brings one job at a time to where it should be."""
+
+    def __init__(self, cluster: Cluster, settings: Settings) -> None:
+        self._cluster = cluster
+        self._settings = settings
+
+    async def __call__(self, key: Key) -> timedelta | None:
+        """One pass over the job `key`; when to look again. Raises `Refused` when the API server does."""
+        raw = await self._cluster.job(*key)
+        if raw is None or raw["metadata"].get("deletionTimestamp"):
+            return None  # its children go with it, by their ownerReferences
+        now = datetime.now(UTC)
+        try:
+            document = QLoRAJob.read(raw)
+        except ValidationError as error:
+            status = refuse_unreadable(raw["metadata"], problems(error), now)
+            await self._write(raw, JobStatus(), status, now)
+            return None
+        job = Job(document.metadata, document.spec, document.status)
+        step = next_step(job, await self.observe(job), now)
+        for action in step.actions:
+            await self._act(job, action)
+        await self._write(raw, job.status, step.status, now)
+        return step.after
+
+    async def observe(self, job: Job) -> Observed:
+        """What the cluster has of the job, by live reads of its children's fixed names."""
+        namespace = job.metadata.namespace
+        attempts: dict[str, Seen] = {}
+        for task, n in current(job.spec, job.status):
+            name = task.job_name(job.metadata.name, n)
+            attempts[name] = await self._attempt(namespace, name, job.metadata.uid)
+        claims = {}
+        if job.status.plan is not None and job.status.phase is not Phase.SUCCEEDED:
+            claims[work_claim(job)] = await self._cluster.has_claim(namespace, work_claim(job))
+        nodes = await self._cluster.nodes() if needs_nodes(job) else None
+        return Observed(attempts, claims, nodes)
+
+    async def _attempt(self, namespace: str, name: str, owner: str) -> Seen:
+        found = await self._cluster.stage_job(namespace, name)
+        if found is None:
+            return Absent()
+        if owner not in {o["uid"] for o in found["metadata"].get("ownerReferences", ())}:
+            raise Refused("observe", 409, f"Job {name} exists and belongs to somebody else; delete it")
+        return see(found, await self._cluster.pods(namespace, name))
+
+    async def _act(self, job: Job, action: Action) -> None:
+        log.info("%s/%s: %s", job.metadata.namespace, job.metadata.name, action)
+        match action:
+            case Start(task, attempt):
+                await self._cluster.create(config_map(job, task, attempt, self._settings))
+                await self._cluster.create(stage_job(job, task, attempt, self._settings))
+            case Stop(task, attempt):
+                await self._cluster.delete("Job", job.metadata.namespace, task.job_name(job.metadata.name, attempt))
+            case CreateWorkVolume():
+                await self._cluster.create(work_volume_claim(job, self._settings))
+            case DeleteWorkVolume():
+                await self._cluster.delete("PersistentVolumeClaim", job.metadata.namespace, work_claim(job))
+
+    async def _write(self, raw: Mapping[str, Any], before: JobStatus, after: JobStatus, now: datetime) -> None:
+        """Write the status if it says something new; events only if it landed."""
+        if after.to_api() == raw.get("status"):
+            return
+        metadata = Metadata.model_validate(raw["metadata"], by_alias=True, by_name=False)
+        if await self._cluster.apply_status(metadata.namespace, metadata.name, after.to_api()):
+            for event in events.between(before, after):
+                await self._cluster.create_event(metadata.namespace, events.manifest(event, metadata, now))

@@ -1,0 +1,1 @@
+"""Model shape × recipe → bytes, itemised. Pure."""

@@ -1,0 +1,80 @@
+"""A keyed work queue: a key is queued once, is never at work twice at a time, and is backed off alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+log = logging.getLogger(__name__)
+
+FIRST_BACK_OFF_SECONDS = 0.5
+LONGEST_BACK_OFF_SECONDS = 60.0
+
+Key = tuple[str, str]  # namespace, name
+
+
+class WorkQueue:
+    """Keys to work on. `add` may be called at any time, also while the key is at work: it is then worked on again."""
+
+    def __init__(self) -> None:
+        self._ready: asyncio.Queue[Key] = asyncio.Queue()
+        self._queued: set[Key] = set()
+        self._at_work: set[Key] = set()
+        self._failures: dict[Key, int] = {}
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+
+    def add(self, key: Key) -> None:
+        """Queue `key`, at once."""
+        self._drop_timer(key)
+        if key not in self._queued:
+            self._queued.add(key)
+            if key not in self._at_work:
+                self._ready.put_nowait(key)
+
+    def add_after(self, key: Key, delay: timedelta) -> None:
+        """Queue `key` after `delay`, unless it is queued before."""
+        self._drop_timer(key)
+        if key not in self._queued:
+            self._timers[key] = asyncio.get_running_loop().call_later(delay.total_seconds(), self.add, key)
+
+    async def work(self, reconcile: Callable[[Key], Awaitable[timedelta | None]]) -> None:
+        """Call `reconcile` for keys as they come, for ever. It returns when to look at the key again, or None.
+
+        A key whose `reconcile` raises is tried again with a growing back-off; the others are not held up.
+        """
+        while True:
+            key = await self._ready.get()
+            self._queued.discard(key)
+            self._at_work.add(key)
+            again: timedelta | None = None
+            try:
+                again = await reconcile(key)
+                self._failures.pop(key, None)
+            except Exception as error:
+                again = self._back_off(key)
+                log.warning(
+                    "%s/%s: %s; again in %.1f s", *key, error, again.total_seconds(), exc_info=_unexpected(error)
+                )
+            finally:
+                self._at_work.discard(key)
+                if key in self._queued:
+                    self._ready.put_nowait(key)
+            if again is not None:
+                self.add_after(key, again)
+
+    def _back_off(self, key: Key) -> timedelta:
+        n = self._failures[key] = self._failures.get(key, 0) + 1
+        seconds = min(FIRST_BACK_OFF_SECONDS * 2**n, LONGEST_BACK_OFF_SECONDS)
+        return timedelta(seconds=seconds * random.uniform(0.5, 1.5))
+
+    def _drop_timer(self, key: Key) -> None:
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
+
+
+def _unexpected(error: Exception) -> bool:
+    """Whether a traceback helps: for the API server's refusals the message is enough."""
+    return type(error).__name__ != "Refused"
