@@ -12,6 +12,7 @@ from qlora_operator.handlers import run
 def main() -> None:
     """Run until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("kopf").setLevel(logging.WARNING)  # it logs every event that it hands on
     asyncio.run(run(settings.load()))
 
 

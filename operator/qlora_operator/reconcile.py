@@ -73,7 +73,7 @@ class Reconciler:
         return see(found, await self._cluster.pods(namespace, name))
 
     async def _act(self, job: Job, action: Action) -> None:
-        log.info("%s/%s: %s", job.metadata.namespace, job.metadata.name, action)
+        log.info("%s/%s: %s", job.metadata.namespace, job.metadata.name, action.describe())
         match action:
             case Start(task, attempt):
                 await self._cluster.create(config_map(job, task, attempt, self._settings))
@@ -87,9 +87,10 @@ class Reconciler:
 
     async def _write(self, raw: Mapping[str, Any], before: JobStatus, after: JobStatus, now: datetime) -> None:
         """Write the status if it says something new; events only if it landed."""
-        if after.to_api() == raw.get("status"):
+        document = {key: value for key, value in after.to_api().items() if value != []}
+        if document == raw.get("status"):
             return
         metadata = Metadata.model_validate(raw["metadata"], by_alias=True, by_name=False)
-        if await self._cluster.apply_status(metadata.namespace, metadata.name, after.to_api()):
+        if await self._cluster.apply_status(metadata.namespace, metadata.name, document):
             for event in events.between(before, after):
                 await self._cluster.create_event(metadata.namespace, events.manifest(event, metadata, now))

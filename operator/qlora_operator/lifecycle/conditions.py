@@ -65,8 +65,8 @@ def with_situation(
     ready, reconciling, stalled = _KSTATUS[situation.stance]
     said: dict[ConditionType, tuple[Severity, str, str]] = {
         ConditionType.READY: (ready, situation.reason, message),
-        ConditionType.RECONCILING: (reconciling, situation.reason, message),
-        ConditionType.STALLED: (stalled, situation.reason, message),
+        ConditionType.RECONCILING: (reconciling, situation.reason, message if reconciling == "True" else ""),
+        ConditionType.STALLED: (stalled, situation.reason, message if stalled == "True" else ""),
     }
     for milestone in _MILESTONES:
         said[milestone] = milestones.get(milestone, ("Unknown", "NotYet", ""))

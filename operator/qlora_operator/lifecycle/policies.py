@@ -283,14 +283,10 @@ def _underway(job: Job, seen: Observed) -> Situation:
         phase = PHASE_OF[first.stage] if first else Phase.PUBLISHING
         return Situation(phase, "Starting", f"starting {', '.join(task.name for task, _ in todo)}" if todo else "done")
     phase = PHASE_OF[at_work[0][0].stage]
-    texts = []
-    waiting = False
-    for task, state in at_work:
-        waiting = waiting or (task == TRAIN and state.waiting is not None)
-        texts.append(f"{task.name} {f'waits: {state.waiting}' if state.waiting else 'is running'}")
-    if waiting:
-        return Situation(Phase.SCHEDULING, "Waiting", "; ".join(texts))
-    return Situation(phase, "Running", "; ".join(texts))
+    message = "; ".join(f"{t.name} {f'waits: {s.waiting}' if s.waiting else 'is running'}" for t, s in at_work)
+    if not all(state.waiting for _, state in at_work):
+        return Situation(phase, "Running", message)
+    return Situation(Phase.SCHEDULING if phase is Phase.TRAINING else phase, "Waiting", message)
 
 
 def _percent(job: Job, status: JobStatus) -> int:

@@ -16,6 +16,9 @@ class Start:
     task: Task
     attempt: int
 
+    def describe(self) -> str:
+        return f"start {self.task.name}, attempt {self.attempt}"
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -24,15 +27,24 @@ class Stop:
     task: Task
     attempt: int
 
+    def describe(self) -> str:
+        return f"stop {self.task.name}, attempt {self.attempt}"
+
 
 @dataclass(frozen=True)
 class CreateWorkVolume:
     """Claim the work volume, as large as the plan says."""
 
+    def describe(self) -> str:
+        return "claim the work volume"
+
 
 @dataclass(frozen=True)
 class DeleteWorkVolume:
     """Give the work volume back."""
+
+    def describe(self) -> str:
+        return "delete the work volume"
 
 
 Action = Start | Stop | CreateWorkVolume | DeleteWorkVolume
