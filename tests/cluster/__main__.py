@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.cluster import lifecycle, settings, state
+from tests.cluster import images, lifecycle, settings, state
 from tests.cluster.build import BuildFailedError
+from tests.cluster.buildah import BuildError
 from tests.cluster.client import KubectlError, NotInTimeError
 from tests.cluster.console import tell
 from tests.cluster.prerequisites import UnfitMachineError
@@ -21,12 +22,12 @@ def main() -> int:
     commands.add_parser("status", help="what runs")
     commands.add_parser("kubeconfig", help="print the path of the kubeconfig")
     commands.add_parser("env", help='print shell exports: eval "$(python -m tests.cluster env)"')
+    built = commands.add_parser("images", help="build and push the project's images; print their references")
+    built.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(images.IMAGES)}; default: all")
     arguments = parser.parse_args()
     try:
-        return {"up": _up, "down": _down, "status": _status, "kubeconfig": _kubeconfig, "env": _env}[arguments.command](
-            arguments
-        )
-    except (UnfitMachineError, BuildFailedError, ServerFailedError, NotInTimeError, KubectlError, OSError) as error:
+        return _COMMANDS[arguments.command](arguments)
+    except (*_EXPECTED, OSError) as error:
         tell(f"error: {error}")
         return 1
     except KeyboardInterrupt:
@@ -78,6 +79,25 @@ def _env(_: argparse.Namespace) -> int:
     print(f"export KUBECONFIG={cluster.kubeconfig}\nexport PATH={cluster.binaries}:$PATH")
     return 0
 
+
+def _images(arguments: argparse.Namespace) -> int:
+    if unknown := set(arguments.targets) - set(images.IMAGES):
+        raise BuildError(f"no such image: {', '.join(unknown)}. There are: {', '.join(images.IMAGES)}")
+    _running()
+    for target in arguments.targets or images.IMAGES:
+        print(images.ensure(target))
+    return 0
+
+
+_COMMANDS = {
+    "up": _up,
+    "down": _down,
+    "status": _status,
+    "kubeconfig": _kubeconfig,
+    "env": _env,
+    "images": _images,
+}
+_EXPECTED = (UnfitMachineError, BuildFailedError, BuildError, ServerFailedError, NotInTimeError, KubectlError)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,7 +33,7 @@ def server() -> Server:
 
 
 def prepare() -> None:
-    """Write the configuration, and drop from the storage what no tag names any more. Only while none is running."""
+    """Write the configuration, and drop from the storage what no tag names any more."""
     storage().mkdir(parents=True, exist_ok=True)
     configuration = {
         "version": 0.1,
@@ -46,6 +46,11 @@ def prepare() -> None:
         "http": {"addr": settings.REGISTRY},
     }
     _CONFIG.write_text(yaml.safe_dump(configuration))
+    collect()
+
+
+def collect() -> None:
+    """Remove layers that no tag leads to any more. Only while nobody pushes."""
     if (storage() / "docker").exists():
         settings.LOGS.mkdir(parents=True, exist_ok=True)
         with (settings.LOGS / "registry-collect.log").open("wb") as log:
@@ -97,12 +102,10 @@ def _push_blob(name: str, blob: bytes) -> str:
 
 
 def push_files(name: str, tag: str, files: list[tuple[str, bytes | str | None, int]], command: list[str]) -> str:
-    """Push an image of one layer made of `files`, unless the tag is there; returns its reference.
+    """Push an image of one layer made of `files`; returns its reference.
 
     Each file is (name, bytes for a file | str for a symlink's target | None for a directory, mode).
     """
-    if digest(name, tag):
-        return f"{settings.REGISTRY}/{name}:{tag}"
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
         for path, data, mode in files:
