@@ -34,12 +34,16 @@ def key() -> str:
 
 
 def ensure() -> str:
-    """The base image's name in our storage; made (in about a minute) if it is not there."""
+    """The base image's name in our storage; made (in about a minute) if it is not there.
+
+    Only one caller at a time.
+    """
     name = f"localhost/qlora-base:{key()}"
     if buildah("images", "--quiet", "--filter", f"reference={name}").strip():
         return name
     drafts = settings.cache() / "base"
-    drafts.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(drafts, ignore_errors=True)  # of a command that was killed
+    drafts.mkdir(parents=True)
     root = Path(tempfile.mkdtemp(dir=drafts))
     try:
         with step("base image: Debian and Python") as work:
@@ -55,7 +59,7 @@ def ensure() -> str:
             finally:
                 buildah("rm", container)
     finally:
-        shutil.rmtree(root)
+        shutil.rmtree(drafts)
     return name
 
 

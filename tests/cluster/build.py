@@ -1,6 +1,5 @@
 """The cluster's programs, compiled once per content of go.mod and kept in the cache."""
 
-import contextlib
 import hashlib
 import os
 import re
@@ -9,10 +8,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.cluster import settings
+from tests.cluster import prerequisites, settings
 from tests.cluster.console import step
-from tests.cluster.prerequisites import require_space
 
+STAGES = "kwok-stages.yaml"
 RENAMED = {"server": "etcd"}  # etcd's package is called server
 
 
@@ -37,43 +36,34 @@ def _flags() -> list[str]:
 
 def key() -> str:
     """Changes when, and only when, the programs would."""
-    content = hashlib.sha256(" ".join(_flags()).encode())
+    content = hashlib.sha256(" ".join([*_flags(), STAGES]).encode())
     for name in ("go.mod", "go.sum"):
         content.update((settings.GO_MODULE / name).read_bytes())
     return content.hexdigest()[:16]
 
 
-def binaries(go: str) -> Path:
+def binaries() -> Path:
     """Directory of the compiled programs; compiles them if the cache lacks them (10 minutes on two cores)."""
     generations = settings.cache() / "bin"
     wanted = generations / key()
     if not wanted.is_dir():
         generations.mkdir(parents=True, exist_ok=True)
-        require_space(generations, 8, "compiling the cluster's programs")
+        prerequisites.require_space(generations, 8, "compiling the cluster's programs")
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=generations))
         try:
-            _compile(go, draft)
-            with contextlib.suppress(FileExistsError):
-                draft.rename(wanted)
+            _compile(prerequisites.go(), draft)
+            draft.chmod(0o755)
+            draft.rename(wanted)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return wanted
 
 
 def prune() -> None:
-    """Remove the programs of other go.mod contents."""
-    for directory in (settings.cache() / "bin").glob("*"):
-        if directory.name != key() and not directory.name.startswith(".draft-"):
+    """Remove the programs of other go.mod contents. Only while nobody compiles."""
+    for directory in (settings.cache() / "bin").iterdir():
+        if directory.name != key():
             shutil.rmtree(directory)
-
-
-def module_directory(go: str, module: str) -> Path:
-    """Where the module's source lies on this machine."""
-    answer = _go(go, ["list", "-m", "-f", "{{.Dir}}", module])
-    if not answer:  # compiled elsewhere or the module cache was emptied
-        _go(go, ["mod", "download", module])
-        answer = _go(go, ["list", "-m", "-f", "{{.Dir}}", module])
-    return Path(answer)
 
 
 def _environment() -> dict[str, str]:
@@ -98,6 +88,10 @@ def _compile(go: str, target: Path) -> None:
         _watched(go, ["build", "-v", *_flags(), "-o", f"{target}/", "tool"], work.advance)
     for built, name in RENAMED.items():
         (target / built).rename(target / name)
+    # kwok's own fast stages: nodes are Ready at once, pods of Jobs succeed at once
+    stages = Path(_go(go, ["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"]), "kustomize", "stage")
+    files = sorted(stages.glob("node/fast/node-*.yaml")) + sorted(stages.glob("pod/fast/pod-*.yaml"))
+    (target / STAGES).write_text("\n---\n".join(file.read_text() for file in files))
 
 
 def _watched(go: str, arguments: list[str], told) -> None:

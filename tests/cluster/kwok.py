@@ -13,19 +13,15 @@ TAINT: Manifest = {"key": FAKE, "value": "fake", "effect": "NoSchedule"}
 TOLERATION: Manifest = {"key": FAKE, "operator": "Exists", "effect": "NoSchedule"}
 
 
-def server(binaries: Path, compiler: str) -> Server:
-    """The controller, with kwok's own fast stages: nodes are Ready at once, pods of Jobs succeed at once."""
-    stages = build.module_directory(compiler, "sigs.k8s.io/kwok") / "kustomize" / "stage"
-    files = sorted(stages.glob("node/fast/node-*.yaml")) + sorted(stages.glob("pod/fast/pod-*.yaml"))
-    configuration = settings.STATE / "kwok.yaml"
-    configuration.write_text(yaml.safe_dump_all(yaml.safe_load(file.read_text()) for file in files))
+def server(binaries: Path) -> Server:
+    """The controller for nodes that carry the annotation `FAKE`."""
     command = [
         f"{binaries}/kwok",
         f"--kubeconfig={settings.KUBECONFIGS}/kwok.kubeconfig",
         "--manage-all-nodes=false",
         f"--manage-nodes-with-annotation-selector={FAKE}=fake",
         "--node-lease-duration-seconds=40",
-        f"--config={configuration}",
+        f"--config={binaries}/{build.STAGES}",
     ]
     return Server("kwok", command, lambda: True)
 

@@ -14,10 +14,6 @@ from tests.cluster.process import Server, launch, stop, wait_ready
 from tests.cluster.state import State
 
 
-class NoClusterError(Exception):
-    """There is no (whole) cluster to work with; the message says what to do."""
-
-
 def current() -> Cluster | None:
     """The running cluster, if there is one and all of it lives."""
     found = state.load()
@@ -61,12 +57,11 @@ def _whole() -> Cluster | None:
 
 
 def _bring_up() -> Cluster:
-    compiler = prerequisites.check()
-    record = State(binaries=str(build.binaries(compiler)))
+    prerequisites.check()
+    record = State(binaries=str(build.binaries()))
     build.prune()
     cluster = Cluster(settings.KUBECONFIG, Path(record.binaries))
     binaries = cluster.binaries
-    began = time.monotonic()
     with step("starting the cluster") as work:
         record.save()
         network.up(record)
@@ -80,7 +75,7 @@ def _bring_up() -> Cluster:
         cluster.apply(*controlplane.DNS_RIGHTS, *volumes.STORAGE_CLASS)
         for server in (
             *node.servers(binaries, cluster),
-            kwok.server(binaries, compiler),
+            kwok.server(binaries),
             volumes.server(binaries, cluster),
         ):
             work.say(server.name)
@@ -88,7 +83,6 @@ def _bring_up() -> Cluster:
         cluster.wait("the default namespace takes pods", lambda: cluster.find("serviceaccount", "default", "default"))
     record.ready = True
     record.save()
-    tell(f"cluster ready after {time.monotonic() - began:.1f} s: export KUBECONFIG={settings.KUBECONFIG}")
     return cluster
 
 
