@@ -160,9 +160,9 @@ def default_of(node: Schema) -> str:
 
 def bounds_of(node: Schema) -> str:
     """What a number, a list or a map is bounded by, for people; empty if by nothing worth saying."""
-    if "minimum" in node or "maximum" in node:
+    if "minimum" in node and "maximum" in node:
         low = f"{'above ' if node.get('exclusiveMinimum') else ''}{_plain(node['minimum'])}"
-        return f"{low} to {_plain(node['maximum'])}"
+        return f"{low} to {'below ' if node.get('exclusiveMaximum') else ''}{_plain(node['maximum'])}"
     if "maxItems" in node:
         return f"{node.get('minItems', 0)} to {node['maxItems']} items"
     if "maxProperties" in node:
