@@ -179,13 +179,12 @@ RIGHTS_WHERE_JOBS_ARE = {
     (group, resource, verb)
     for group, resource, verbs in (
         ("qlora.dev", "qlorajobs", "get list watch"),
-        ("qlora.dev", "qlorajobs/status", "get patch update"),
-        ("batch", "jobs", "get list watch create patch delete"),
-        ("", "pods", "get list watch"),
+        ("qlora.dev", "qlorajobs/status", "patch"),
+        ("batch", "jobs", "get list watch create delete"),
+        ("", "pods", "list watch"),
         ("", "configmaps", "get create delete"),
-        ("", "persistentvolumeclaims", "get create patch delete"),
-        ("", "events", "create patch"),
-        ("events.k8s.io", "events", "create patch"),
+        ("", "persistentvolumeclaims", "get create delete"),
+        ("", "events", "create"),
     )
     for verb in verbs.split()
 }

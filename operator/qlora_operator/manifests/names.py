@@ -41,7 +41,6 @@ def child_metadata(job: Job, name: str, task: Task | None = None) -> dict[str, A
                 "name": job.metadata.name,
                 "uid": job.metadata.uid,
                 "controller": True,
-                "blockOwnerDeletion": True,
             }
         ],
     }
