@@ -1,0 +1,79 @@
+# Everything a fresh Debian machine needs is installed by these targets. Caches lie outside the tree, keyed by content.
+CACHE  := $(or $(QLORA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qlora-operator)
+VENV   := $(CACHE)/venv-$(shell sha256sum requirements/dev.lock | cut -c1-12)
+PYTHON := $(VENV)/bin/python
+SYSTEM_PYTHON ?= python3
+export OMP_NUM_THREADS ?= 1
+export PYTHONPATH := $(CURDIR):$(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check unit cluster e2e soak bench up down generate lock format venv
+
+help: ## Show this list
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+demo: $(VENV)/.ready ## Run the quickstart end to end (CLUSTER=current REGISTRY=... TAG=... for a cluster of yours)
+	$(PYTHON) -m examples.quickstart.demo --cluster $(or $(CLUSTER),embedded) \
+	    $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(TAG),--tag $(TAG))
+
+test: check ## Formatting, lint, types, unit, cluster and end-to-end tests
+	$(PYTHON) -m pytest -m "not soak" --durations=15
+
+check: $(VENV)/.ready ## Formatting, lint, types, import rules, generated files
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m ruff check
+	$(VENV)/bin/lint-imports --no-cache
+	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
+	$(PYTHON) -m qlora_api.schema --check
+	$(PYTHON) -m qlora_api.reference --check
+
+unit: $(VENV)/.ready ## Tests without a cluster
+	$(PYTHON) -m pytest -m "not cluster and not e2e and not soak"
+
+cluster: $(VENV)/.ready ## Tests of the parts against the real cluster
+	$(PYTHON) -m pytest -m "cluster and not soak"
+
+e2e: $(VENV)/.ready ## Tests of the installed product on the real cluster
+	$(PYTHON) -m pytest -m "e2e and not soak"
+
+soak: $(VENV)/.ready ## What takes too long for `make test`
+	$(PYTHON) -m pytest -m soak
+
+up: $(VENV)/.ready ## Bring the embedded cluster up
+	$(PYTHON) -m tests.cluster up
+
+down: $(VENV)/.ready ## Stop the embedded cluster and remove what it left
+	$(PYTHON) -m tests.cluster down
+
+generate: $(VENV)/.ready ## Write the CRD, the reference and the chart's table of values from their sources
+	$(PYTHON) -m qlora_api.schema
+	$(PYTHON) -m qlora_api.reference
+	$(PYTHON) -m tests.unit.test_chart
+
+format: $(VENV)/.ready ## Format the code
+	$(PYTHON) -m ruff format
+	$(PYTHON) -m ruff check --fix
+
+# The development lock comes first and constrains the others: what is tested is what ships.
+COMPILE = $(PYTHON) -m uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate \
+          --python-version 3.11 --universal pyproject.toml
+lock: $(VENV)/.ready ## Lock the dependencies anew
+	$(COMPILE) --extra operator --extra trainer --group dev --output-file requirements/dev.lock
+	$(COMPILE) --constraint requirements/dev.lock --output-file requirements/base.lock
+	$(COMPILE) --constraint requirements/dev.lock --extra operator --output-file requirements/operator.lock
+	$(COMPILE) --constraint requirements/dev.lock --extra trainer --output-file requirements/trainer.lock
+
+venv: $(VENV)/.ready
+
+# One environment per lock file; those of other locks are removed.
+$(VENV)/.ready:
+	@command -v $(SYSTEM_PYTHON) >/dev/null || { echo "python3 is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed: set SYSTEM_PYTHON"; exit 1; }
+	@$(SYSTEM_PYTHON) -c 'import ensurepip' || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	@echo " - Python environment: installing (6 GiB, once per lock file) ..."
+	rm -rf $(CACHE)/venv-*
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(PYTHON) -m uv pip install --python $(PYTHON) --require-hashes -r requirements/dev.lock
+	touch $@
