@@ -1,5 +1,6 @@
 """Fake nodes: kwok plays their kubelets, so that thousands of GPU nodes cost nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -32,13 +33,13 @@ def create_nodes(
     count: int,
     labels: dict[str, str],
     allocatable: dict[str, str],
-    tainted: bool = True,
+    taints: Sequence[Manifest] = (TAINT,),
     timeout: float = 60.0,
 ) -> list[str]:
     """Create `count` fake nodes and return their names once all are Ready.
 
-    `allocatable` is added to 64 CPUs, 512Gi of memory and 110 pods. Unless told otherwise the nodes carry `TAINT`,
-    so that no pod that is meant to run comes to lie on one: pods need `TOLERATION`.
+    `allocatable` is added to 64 CPUs, 512Gi of memory and 110 pods. The nodes carry `taints`,
+    so that no pod that is meant to run comes to lie on one; by default pods need `TOLERATION`.
     """
     resources = {"cpu": "64", "memory": "512Gi", "pods": "110", "ephemeral-storage": "2Ti"} | allocatable
     names = [f"{prefix}-{number}" for number in range(count)]
@@ -51,7 +52,7 @@ def create_nodes(
                 "annotations": {FAKE: "fake", "node.alpha.kubernetes.io/ttl": "0"},
                 "labels": {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "type": "kwok"} | labels,
             },
-            "spec": {"taints": [TAINT] if tainted else []},
+            "spec": {"taints": list(taints)},
             "status": {"allocatable": resources, "capacity": resources},
         }
         for name in names
