@@ -11,7 +11,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
-from tests.bad_specs import A_SOURCE, BAD, SMALLEST, Bad, edited
 
 from qlora_api import reference, schema
 from qlora_api.exchange import claim_of
@@ -28,6 +27,7 @@ from qlora_api.v1alpha1 import (
     problems,
     quantity_bytes,
 )
+from tests.bad_specs import A_SOURCE, BAD, SMALLEST, Bad, edited
 
 
 def leaves(node: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
