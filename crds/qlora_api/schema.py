@@ -28,6 +28,8 @@ from qlora_api.v1alpha1 import (
 )
 
 CRD_FILE = Path(__file__).resolve().parent.parent / f"{GROUP}_{PLURAL}.yaml"
+#: The chart carries a copy: a link would not survive packaging.
+CHART_COPY = CRD_FILE.parents[1] / "charts" / "qlora-operator" / "files" / CRD_FILE.name
 
 Schema = dict[str, Any]
 
@@ -264,8 +266,9 @@ def crd_yaml() -> str:
 
 
 def main() -> int:
-    """Write the file, or with `--check` compare it."""
-    return write_or_check(CRD_FILE, crd_yaml(), command="python -m qlora_api.schema")
+    """Write the file and the chart's copy, or with `--check` compare them."""
+    text = crd_yaml()
+    return max(write_or_check(file, text, command="python -m qlora_api.schema") for file in (CRD_FILE, CHART_COPY))
 
 
 def write_or_check(file: Path, text: str, *, command: str) -> int:
