@@ -30,7 +30,7 @@ class Step:
 
     def say(self, detail: str) -> None:
         """What is being worked on just now."""
-        self.detail = detail.strip()[-80:]
+        self.detail = detail.strip()[:80]
         self._show()
 
     def advance(self, detail: str = "") -> None:

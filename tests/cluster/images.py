@@ -103,6 +103,7 @@ def _locked() -> Iterator[None]:
 
 
 def _build(image: Image, tag: str) -> str:
+    buildah.buildah("rm", "--all")  # what a build that failed left behind, several GiB
     base = base_image.ensure()
     dependencies = f"localhost/{image.name}-dependencies:{image.dependencies_key}"
     code = f"localhost/{image.name}:{tag}"
@@ -116,6 +117,8 @@ def _build(image: Image, tag: str) -> str:
                 _bud(common, f"{image.target}-dependencies", dependencies, work.say)
         with step(f"{image.target} image: code") as work:
             _bud(common, image.target, code, work.say)
+    if image.tag != tag:  # edited meanwhile: what was built may be half old, half new
+        return _build(image, image.tag)
     with step(f"{image.target} image: push") as work, tempfile.NamedTemporaryFile("r") as digest_file:
         buildah.buildah(
             "push",
