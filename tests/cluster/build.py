@@ -1,4 +1,4 @@
-"""The cluster's programs, compiled once per content of go.mod and kept in the cache."""
+"""Programs in Go, compiled once per content of their module and kept in the cache: the cluster's, and tests' own."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.cluster import prerequisites, settings
@@ -35,23 +36,36 @@ def _flags() -> list[str]:
 
 
 def key() -> str:
-    """Changes when, and only when, the programs would."""
-    content = hashlib.sha256(" ".join([*_flags(), STAGES]).encode())
-    for name in ("go.mod", "go.sum"):
-        content.update((settings.GO_MODULE / name).read_bytes())
+    """Changes when, and only when, the cluster's programs would."""
+    return digest(" ".join([*_flags(), STAGES]), settings.GO_MODULE / "go.mod", settings.GO_MODULE / "go.sum")
+
+
+def digest(said: str, *files: Path) -> str:
+    """Of `said` and the contents of `files`: 16 hexadecimal digits."""
+    content = hashlib.sha256(said.encode())
+    for file in files:
+        content.update(file.read_bytes())
     return content.hexdigest()[:16]
 
 
 def binaries() -> Path:
-    """Directory of the compiled programs; compiles them if the cache lacks them (10 minutes on two cores)."""
-    generations = settings.cache() / "bin"
-    wanted = generations / key()
+    """Directory of the cluster's programs; compiles them if the cache lacks them (10 minutes on two cores)."""
+    return kept("bin", key(), lambda target: _compile(prerequisites.go(), target))
+
+
+def prune() -> None:
+    """Remove the programs of other go.mod contents. Only while nobody compiles."""
+    keep_only(settings.cache() / "bin" / key())
+
+
+def kept(kind: str, generation: str, make: Callable[[Path], None]) -> Path:
+    """The cache's directory `kind`/`generation`; where it lacks it, `make` fills it: whole, or not at all."""
+    wanted = settings.cache() / kind / generation
     if not wanted.is_dir():
-        generations.mkdir(parents=True, exist_ok=True)
-        prerequisites.require_space(generations, 8, "compiling the cluster's programs")
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=generations))
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=wanted.parent))
         try:
-            _compile(prerequisites.go(), draft)
+            make(draft)
             draft.chmod(0o755)
             draft.rename(wanted)
         finally:
@@ -59,10 +73,10 @@ def binaries() -> Path:
     return wanted
 
 
-def prune() -> None:
-    """Remove the programs of other go.mod contents. Only while nobody compiles."""
-    for directory in (settings.cache() / "bin").iterdir():
-        if directory.name != key():
+def keep_only(generation: Path) -> None:
+    """Remove the other generations of the same kind, and drafts. Only while nobody makes one."""
+    for directory in generation.parent.iterdir():
+        if directory != generation:
             shutil.rmtree(directory)
 
 
@@ -70,34 +84,43 @@ def _environment() -> dict[str, str]:
     return os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false", "GOWORK": "off"}
 
 
-def _go(go: str, arguments: list[str]) -> str:
-    result = subprocess.run(
-        [go, *arguments], cwd=settings.GO_MODULE, env=_environment(), capture_output=True, text=True
-    )
+def _go(go: str, module: Path, arguments: list[str]) -> str:
+    result = subprocess.run([go, *arguments], cwd=module, env=_environment(), capture_output=True, text=True)
     if result.returncode:
         raise BuildFailedError(f"go {' '.join(arguments)} failed:\n{result.stderr[-2000:]}")
     return result.stdout.strip()
 
 
-def _compile(go: str, target: Path) -> None:
-    with step("fetching the sources of Kubernetes and its companions") as work:
-        _watched(go, ["mod", "download", "-x"], lambda line: work.say(line.removeprefix("# get ")))
-    total = len(_go(go, ["list", "-deps", "tool"]).splitlines())
-    with step("compiling Kubernetes and its companions", total) as work:
+def compile_packages(go: str, module: Path, packages: str, flags: Sequence[str], target: Path, *, title: str) -> None:
+    """Compile `packages` of the Go module in `module` into the directory `target`.
+
+    Raises:
+        BuildFailedError: a source could not be had, or does not compile.
+    """
+    with step(f"fetching the sources of {title}") as work:
+        _watched(go, module, ["mod", "download", "-x"], lambda line: work.say(line.removeprefix("# get ")))
+    total = len(_go(go, module, ["list", "-deps", packages]).splitlines())
+    with step(f"compiling {title}", total) as work:
         # -v names each package as it is compiled; those in the compiler's own cache are not named
-        _watched(go, ["build", "-v", *_flags(), "-o", f"{target}/", "tool"], work.advance)
+        _watched(go, module, ["build", "-v", *flags, "-o", f"{target}/", packages], work.advance)
+
+
+def _compile(go: str, target: Path) -> None:
+    prerequisites.require_space(target, 8, "compiling the cluster's programs")
+    compile_packages(go, settings.GO_MODULE, "tool", _flags(), target, title="Kubernetes and its companions")
     for built, name in RENAMED.items():
         (target / built).rename(target / name)
     # kwok's own fast stages: nodes are Ready at once, pods of Jobs succeed at once
-    stages = Path(_go(go, ["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"]), "kustomize", "stage")
+    kwok = _go(go, settings.GO_MODULE, ["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"])
+    stages = Path(kwok, "kustomize", "stage")
     files = sorted(stages.glob("node/fast/node-*.yaml")) + sorted(stages.glob("pod/fast/pod-*.yaml"))
     (target / STAGES).write_text("\n---\n".join(file.read_text() for file in files))
 
 
-def _watched(go: str, arguments: list[str], told) -> None:
+def _watched(go: str, module: Path, arguments: list[str], told: Callable[[str], None]) -> None:
     with subprocess.Popen(
         [go, *arguments],
-        cwd=settings.GO_MODULE,
+        cwd=module,
         env=_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
