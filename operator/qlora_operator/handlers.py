@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 Raw = Mapping[str, Any]
 
+#: Until the next try where the list failed: the API server is starting, or away.
+RETRY_SECONDS = 3
+
 
 def registry(installation: Settings) -> kopf.OperatorRegistry:
     """All handlers of an operator of `installation`."""
@@ -117,9 +120,11 @@ async def resync(cluster: Cluster, queue: WorkQueue, settings: Settings, probes:
                     if status.get("phase") not in FINISHED or not seen:
                         queue.add((job["metadata"]["namespace"], job["metadata"]["name"]))
             probes.beat()
+            pause = settings.resync_seconds
         except (Refused, OSError, TimeoutError) as error:
             log.warning("resync: %s", error)
-        await asyncio.sleep(settings.resync_seconds)
+            pause = RETRY_SECONDS
+        await asyncio.sleep(pause)
 
 
 async def run(settings: Settings) -> None:
