@@ -124,7 +124,8 @@ def attempts_have_ended(job: Job, seen: Observed, now: datetime) -> Step | None:
             status = results.with_half_the_micro_batch(status)
     if status is job.status:
         return None
-    return _say(Job(job.metadata, job.spec, status), seen, now, _underway(job, seen), after=NOW)
+    after = Job(job.metadata, job.spec, status)
+    return _say(after, seen, now, _underway(after, seen), after=NOW)
 
 
 def inspection_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:

@@ -1,0 +1,91 @@
+"""The product as a user has it: installed by its chart, with its images, on the real cluster."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from examples.quickstart.install import REPOSITORY, Images, install
+from examples.quickstart.upload import DATA, HERE, fill_claim
+from tests.cluster import images
+from tests.cluster.client import Cluster, Manifest
+
+BROKEN_LINE = 3
+BROKEN = '{"messages": [{"role": "user", "content": "q"}, {"role": "asistant", "content": "a"}]}'
+
+
+@dataclass(frozen=True)
+class Product:
+    """The installed product, and a namespace whose claim `quickstart` holds base model and data."""
+
+    cluster: Cluster
+    images: Images
+    namespace: str
+
+    def apply(self, job: Manifest) -> str:
+        """Apply a QLoRAJob; its name."""
+        self.cluster.kubectl("apply", "--filename=-", namespace=self.namespace, stdin=yaml.safe_dump(job))
+        return job["metadata"]["name"]
+
+    def job(self, name: str) -> Manifest:
+        return self.cluster.get("qlorajob", name, self.namespace)
+
+    def edit(self, name: str, spec: Manifest) -> None:
+        self.cluster.patch("qlorajob", name, {"spec": spec}, self.namespace)
+
+    def pods(self, name: str, stage: str | None = None) -> list[Manifest]:
+        selector = f"qlora.dev/job={name}" + (f",qlora.dev/stage={stage}" if stage else "")
+        return self.cluster.list("pod", self.namespace, selector)
+
+    def logs(self, name: str, stage: str) -> str:
+        """What the stage's pods have written so far."""
+        return "\n".join(self.cluster.logs(p["metadata"]["name"], self.namespace) for p in self.pods(name, stage))
+
+    def wait_for(self, name: str, *phases: str, timeout: float) -> Manifest:
+        """The job, once it is in one of `phases`. A job that failed instead is an error at once."""
+
+        def there(job: Manifest) -> bool:
+            phase = job.get("status", {}).get("phase")
+            if phase == "Failed" and "Failed" not in phases:
+                pytest.fail(f"{name} failed: {job['status']['message']}")
+            return phase in phases
+
+        expected = f"{name} is {' or '.join(phases)}"
+        return self.cluster.wait(expected, lambda: self.job(name), there, timeout, self.namespace, interval=1)
+
+
+def condition(job: Manifest, kind: str) -> Manifest:
+    """The condition `kind` of a job; empty if it has none."""
+    return next((c for c in job.get("status", {}).get("conditions", ()) if c["type"] == kind), {})
+
+
+def quickstart(name: str, **spec: Any) -> Manifest:
+    """The quickstart's job under another name and with its own place for the results; `spec` replaces whole parts."""
+    job = yaml.safe_load((REPOSITORY / "examples" / "quickstart.yaml").read_text())
+    job["metadata"]["name"] = name
+    job["spec"]["output"]["uri"] = f"pvc://quickstart/models/{name}"
+    job["spec"].update(spec)
+    return job
+
+
+@pytest.fixture(scope="session")
+def product(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
+    """Installed so that a job that asks for a GPU may train on the CPU: the cluster's GPUs are faked."""
+    built = Images(images.ensure("operator"), images.ensure("trainer"))
+    install(cluster, built, {"cpuAllowed": True, "stageEnv": {"OMP_NUM_THREADS": "1"}, "resyncSeconds": 10})
+    namespace = f"e2e-{uuid.uuid4().hex[:6]}"
+    cluster.create_namespace(namespace)
+    broken = tmp_path_factory.mktemp("data") / "broken.jsonl"
+    lines = (HERE / "train.jsonl").read_text().splitlines()[:5]
+    lines[BROKEN_LINE - 1] = BROKEN
+    broken.write_text("\n".join(lines))
+    data: list[Path] = [*(HERE / name for name in DATA), broken]
+    fill_claim(cluster, namespace, built.trainer, tuple(data))
+    yield Product(cluster, built, namespace)
+    cluster.delete("namespace", namespace, wait=False)

@@ -1,0 +1,113 @@
+"""What a user does to a job on its way: review its plan, suspend it, resume it, get it wrong, delete it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cluster import gpus, kwok
+from tests.e2e.conftest import BROKEN_LINE, Product, condition, quickstart
+from tests.e2e.judge import judge
+
+pytestmark = pytest.mark.e2e
+
+SHORT = {"maxSteps": 60, "learningRate": 2e-3, "effectiveBatchSize": 8}
+ADAPTER_ONLY = {"formats": ["adapter"]}
+
+
+def short(name: str, **spec: object) -> dict:
+    """A job that trains for about a minute, is not evaluated and publishes its adapter only."""
+    job = quickstart(name, training=SHORT, evaluation={}, **spec)
+    job["spec"]["output"].update(ADAPTER_ONLY)
+    return job
+
+
+def test_plan_review_go_then_suspend_and_resume(product: Product) -> None:
+    cluster, namespace = product.cluster, product.namespace
+    name = product.apply(short("reviewed", planOnly=True))
+
+    planned = product.wait_for(name, "Planned", timeout=240)
+    assert judge([planned])[0].status == "Current"
+    assert planned["status"]["plan"]["recipe"]["method"] == "qlora"
+    assert cluster.find("persistentvolumeclaim", f"{name}-work", namespace) is None
+    assert product.pods(name, "train") == []
+
+    product.edit(name, {"planOnly": False})
+    cluster.wait("it trains", lambda: product.logs(name, "train"), lambda text: "step " in text, 300, namespace, 1)
+    product.edit(name, {"suspend": True})
+    suspended = cluster.wait(
+        "it is suspended",
+        lambda: product.job(name),
+        lambda job: condition(job, "Ready").get("reason") == "Suspended",
+        150,
+        namespace,
+        1,
+    )
+    assert condition(suspended, "Suspended")["status"] == "True"
+    assert product.pods(name, "train") == []
+
+    product.edit(name, {"suspend": False})
+    done = product.wait_for(name, "Succeeded", timeout=400)
+    assert "resum" in product.logs(name, "train")
+    trainings = [a for a in done["status"]["attempts"] if a["stage"] == "train"]
+    assert [a["outcome"] for a in trainings] == ["Succeeded"]
+    # retain OnFailure: a job that succeeded gives its work volume back
+    cluster.wait(
+        "the work volume is gone", lambda: cluster.find("persistentvolumeclaim", f"{name}-work", namespace), _is_none
+    )
+
+    cluster.delete("qlorajob", name, namespace)
+    cluster.wait(
+        "its children are gone", lambda: cluster.list("job,configmap", namespace, f"qlora.dev/job={name}"), _is_empty
+    )
+
+
+def test_a_broken_line_fails_the_job_on_a_cpu_pod_and_says_where(product: Product) -> None:
+    dataset = {"train": [{"uri": "pvc://quickstart/broken.jsonl"}]}
+    name = product.apply(quickstart("broken", dataset=dataset))
+    failed = product.wait_for(name, "Failed", timeout=180)
+    assert condition(failed, "Failed")["reason"] == "BadInput"
+    assert f"line {BROKEN_LINE}" in failed["status"]["message"]
+    assert "asistant" in failed["status"]["message"]
+    assert judge([failed])[0].status == "Failed"
+    assert [a["stage"] for a in failed["status"]["attempts"]] == ["inspect"]  # never again
+    assert product.pods(name, "train") == []
+
+
+def test_a_field_that_is_not_built_yet_is_refused_at_once(product: Product) -> None:
+    name = product.apply(quickstart("too-early", lora={"dora": True}))
+    failed = product.wait_for(name, "Failed", timeout=60)
+    assert condition(failed, "Failed")["reason"] == "NotSupported"
+    assert "spec.lora.dora" in failed["status"]["message"]
+    assert product.pods(name) == []
+
+
+def test_a_job_is_placed_on_the_product_that_it_asks_for(product: Product) -> None:
+    cluster = product.cluster
+    taints = [{"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}]
+    nodes = []
+    try:
+        for prefix, flavour in (("place-l40s", gpus.L40S), ("place-h100", gpus.H100)):
+            labels = gpus.labels(flavour, 8)
+            nodes += kwok.create_nodes(cluster, prefix, 1, labels, {gpus.RESOURCE: "8"}, taints=taints)
+        hardware = {"accelerator": "nvidia", "gpuProducts": [gpus.H100.name]}
+        name = product.apply(short("placed", hardware=hardware))
+        (train,) = cluster.wait(
+            "its training is bound to a node",
+            lambda: product.pods(name, "train"),
+            lambda pods: any(p["spec"].get("nodeName") for p in pods),
+            timeout=240,
+            namespace=product.namespace,
+            interval=1,
+        )
+        assert train["spec"]["nodeName"] == "place-h100-0"
+    finally:
+        cluster.delete("qlorajob", "placed", product.namespace)
+        kwok.delete_nodes(cluster, nodes)
+
+
+def _is_none(found: object) -> bool:
+    return found is None
+
+
+def _is_empty(found: list[object]) -> bool:
+    return not found
