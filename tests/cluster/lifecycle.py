@@ -32,9 +32,9 @@ def ensure_up() -> Cluster:
         UnfitMachineError: the machine lacks something.
         ServerFailedError: a server did not come up.
     """
+    prerequisites.require_root()
     if found := _whole():
         return found
-    prerequisites.require_root()
     with state.locked(), _interruptible():
         if found := _whole():  # another command made it while we waited
             return found
