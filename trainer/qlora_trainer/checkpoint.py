@@ -1,0 +1,96 @@
+"""Checkpoints of a training: written whole or not at all, found again by the attempt that follows.
+
+They lie in `<root>/<binding>/step-…`: a training that is bound to something else (other data, another recipe) has other
+checkpoints and never sees these. Random states are not in them, for every step seeds its own (see training.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_trainer.artifacts import digests_of, whole_directory
+from qlora_trainer.environment import log
+
+_MANIFEST, _ADAPTER, _OPTIMIZER, _PROGRESS = "manifest.json", "adapter.safetensors", "optimizer.pt", "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a training is, over all attempts."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    eval_losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a training goes on from."""
+
+    progress: Progress
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one training, bound to `binding`; the newest `keep` are kept."""
+
+    def __init__(self, root: Path, binding: str, keep: int) -> None:
+        self.directory = root / binding.removeprefix("sha256:")[:16]
+        self.binding = binding
+        self.keep = keep
+        others = sorted(path.name for path in root.glob("*") if path != self.directory) if root.is_dir() else []
+        if others:
+            log.info("not used: checkpoints of another model, data set or recipe in %s", ", ".join(others))
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint and remove the oldest beyond `keep`."""
+        target = self.directory / f"step-{checkpoint.progress.step:08d}"
+        with whole_directory(target) as partial:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in checkpoint.adapter.items()}, partial / _ADAPTER
+            )
+            torch.save({"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}, partial / _OPTIMIZER)
+            (partial / _PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)), encoding="utf-8")
+            manifest = {"binding": self.binding, "files": digests_of(partial)}
+            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for old in self._found()[self.keep :]:
+            shutil.rmtree(old)
+        return target
+
+    def _found(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.directory.glob("step-*"), reverse=True) if self.directory.is_dir() else []
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole and bound to this training; what is not is named in the log."""
+        for path in self._found():
+            if fault := self._fault(path):
+                log.info("checkpoint %s is not used: %s", path.name, fault)
+                continue
+            progress = Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
+            progress.eval_losses = [(step, loss) for step, loss in progress.eval_losses]
+            states = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+            return Checkpoint(progress, load_file(path / _ADAPTER), states["optimizer"], states["scaler"])
+        return None
+
+    def _fault(self, path: Path) -> str | None:
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"no manifest ({error})"
+        if manifest.get("binding") != self.binding:
+            return "it belongs to another model, data set or recipe"
+        found = digests_of(path)
+        found.pop(_MANIFEST, None)
+        return None if found == manifest.get("files") else "its files are not those of its manifest"

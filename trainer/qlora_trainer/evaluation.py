@@ -1,0 +1,110 @@
+"""How good a model is: its loss on examples it has not learned, and its answers to the golden set."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from qlora_trainer.data import Example
+from qlora_trainer.environment import log
+from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate, prompt_tokens
+
+METRIC = "exactMatch"
+#: More tokens than the longest expected answer has: enough to see that an answer goes on where it should have ended.
+ANSWER_SLACK_TOKENS = 4
+GENERATION_BATCH = 32
+
+
+def summed_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Cross-entropy summed over the tokens of `batch` that carry loss, in fp32; logits only where there is some."""
+    labels = batch.labels.to(device)
+    carrying = labels != NO_LOSS
+    options = {"logits_to_keep": carrying} if _keeps_logits(model) else {}
+    logits = model(
+        input_ids=batch.ids.to(device), position_ids=batch.positions.to(device), use_cache=False, **options
+    ).logits
+    if not options:
+        logits = logits[carrying]
+    return cross_entropy(logits.float(), labels[carrying], reduction="sum")
+
+
+def _keeps_logits(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def micro_batches(sequences: list[Sequence], size: int, *, pad: int, flat: bool) -> Iterator[Batch]:
+    """`sequences` in batches of at most `size`, the longest first: little padding, and memory's peak at the start."""
+    by_length = sorted(sequences, key=lambda sequence: -len(sequence.ids))
+    for start in range(0, len(by_length), size):
+        yield collate(by_length[start : start + size], pad=pad, flat=flat)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, sequences: list[Sequence], size: int, device: torch.device, *, pad: int, flat: bool) -> float:
+    """Loss per token of `sequences`; leaves the model in training mode if it was."""
+    training = model.training
+    model.eval()
+    batches = micro_batches(sequences, size, pad=pad, flat=flat)
+    total = sum(float(summed_loss(model, batch, device)) for batch in batches)
+    model.train(training)
+    return total / sum(sequence.loss_tokens for sequence in sequences)
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, name: str = "") -> list[str]:
+    """The model's most likely answer to each prompt, up to its end-of-turn token; special tokens are left out."""
+    device = next(model.parameters()).device
+    stops = stop_tokens(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), GENERATION_BATCH):
+        chosen = order[start : start + GENERATION_BATCH]
+        width = max(len(prompts[number]) for number in chosen)
+        ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, number in enumerate(chosen):  # left padding: the answer begins in one column for all
+            ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
+            mask[row, width - len(prompts[number]) :] = 1
+        generated = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for number, row in zip(chosen, generated[:, width:], strict=True):
+            texts[number] = tokenizer.decode(row, skip_special_tokens=True)
+        if name and (start // GENERATION_BATCH) % 10 == 9:
+            log.info("%s: %d of %d answered", name, start + len(chosen), len(prompts))
+    return texts
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and the model's own, and what its chat template puts after a turn."""
+    stops = {tokenizer.eos_token_id}
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    stops |= set(configured if isinstance(configured, list) else [configured])
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        text = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
+        special = set(tokenizer.all_special_ids)
+        last = next((token for token in reversed(text) if tokenizer.decode([token]).strip()), None)
+        stops |= {last} & special
+    return sorted(stops - {None})
+
+
+def exact_match(model: Any, tokenizer: Any, golden: list[Example], name: str = "") -> float:
+    """Share of golden examples that `model` answers exactly, but for white space around the answer."""
+    expected = [example.expected.strip() for example in golden]
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
+    prompts = [prompt_tokens(tokenizer, example) for example in golden]
+    given = answers(model, tokenizer, prompts, longest + ANSWER_SLACK_TOKENS, name)
+    return sum(text.strip() == wanted for text, wanted in zip(given, expected, strict=True)) / len(golden)

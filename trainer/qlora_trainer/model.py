@@ -1,0 +1,217 @@
+"""The base model: whether its directory can be trained on, and what shape it has. Reads no weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from qlora_api.exchange import LinearModule, ModelShape
+from qlora_trainer.artifacts import file_digest
+from qlora_trainer.failures import BadInput
+from qlora_trainer.weights import Weights, read_weights
+
+#: Files that decide what text becomes which tokens; all that exist count in the digest and go along with a merge.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model directory that was looked at and found whole; no weight is read."""
+
+    directory: Path
+    uri: str
+    config: Any
+    tokenizer: Any
+    weights: Weights
+    digest: str
+    shape: ModelShape
+    architecture: str
+
+
+def open_base(directory: Path, uri: str) -> BaseModel:
+    """Check the model in `directory` as far as that goes without reading weights.
+
+    Raises BadInput, saying what is wrong with it and what would cure it.
+    """
+    config = _open_config(directory, uri)
+    weights = read_weights(directory, uri)
+    tokenizer = _open_tokenizer(directory, uri)
+    model = empty_model(config)
+    _compare(model, weights, uri)
+    if len(tokenizer) > config.vocab_size:
+        raise BadInput(
+            f"model.uri: the tokenizer in {uri} has {len(tokenizer)} tokens and the model {config.vocab_size} "
+            "embeddings: they do not belong together"
+        )
+    return BaseModel(
+        directory=directory,
+        uri=uri,
+        config=config,
+        tokenizer=tokenizer,
+        weights=weights,
+        digest=model_digest(directory, weights),
+        shape=shape_of(model, weights, tokenizer),
+        architecture=type(model).__name__,
+    )
+
+
+def _open_config(directory: Path, uri: str) -> Any:
+    if not directory.is_dir():
+        raise BadInput(f"model.uri: {uri} is no directory{_neighbours(directory)}")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise BadInput(f"model.uri: {uri} has no config.json: it must be a model as save_pretrained writes it")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"model.uri: {uri}/config.json is not a JSON object ({error})") from error
+    if "quantization_config" in raw:
+        kind = raw["quantization_config"].get("quant_method", "unknown")
+        raise BadInput(
+            f"model.uri: {uri} is already quantised ({kind}): give the model as it was before; "
+            "the training quantises it as the plan says"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        own_code = " (its code comes along with it, and is not run)" if "auto_map" in raw else ""
+        raise BadInput(
+            f"model.uri: {uri} is of type {model_type!r}, which this image's transformers does not know{own_code}: "
+            "use a model of a known architecture, or a newer image"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BadInput(f"model.uri: {uri} is a {model_type!r} model, not a causal language model")
+    return config
+
+
+def _neighbours(path: Path) -> str:
+    """What lies where `path` should: the quickest way to a typing error."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    found = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))[:8]
+    return f"; beside it: {', '.join(found)}" if found else "; there is nothing beside it"
+
+
+def _open_tokenizer(directory: Path, uri: str) -> Any:
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise BadInput(f"model.uri: {uri} has no tokenizer (tokenizer.json or tokenizer.model)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise BadInput(f"model.uri: the tokenizer in {uri} cannot be read: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"model.uri: the tokenizer in {uri} has no end-of-sequence token: set eos_token in its config")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def empty_model(config: Any) -> Any:
+    """The model's modules with shapes and no weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    return model
+
+
+def _compare(model: Any, weights: Weights, uri: str) -> None:
+    """The files must hold every weight of the model, in its shape, under its own name."""
+    parameters = dict(model.named_parameters())  # tied ones once, under one of their names
+    for name, parameter in parameters.items():
+        entry = weights.tensors.get(name)
+        if entry is None:
+            tied = [twin for twin in _twins(model, name) if twin in weights.tensors]
+            if tied:
+                continue
+            raise BadInput(f"model.uri: {uri} has no weights for {name}, which its config.json asks for")
+        if entry.shape != tuple(parameter.shape):
+            raise BadInput(
+                f"model.uri: {uri}: {name} is {list(entry.shape)} in {entry.file} and {list(parameter.shape)} by "
+                "config.json: they do not belong together"
+            )
+        if parameter.dim() > 2 and "expert" in name:
+            raise BadInput(
+                f"model.uri: {uri} is a mixture of experts ({name}); their fused weights cannot be quantised yet"
+            )
+
+
+def _twins(model: Any, name: str) -> list[str]:
+    """Other names of the same parameter."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [other for other, parameter in parameters.items() if parameter is parameters[name] and other != name]
+
+
+def block_linears(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers by name, the output head not among them: what is quantised and what LoRA attaches to."""
+    head = model.get_output_embeddings()
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def shape_of(model: Any, weights: Weights, tokenizer: Any) -> ModelShape:
+    """What sizing needs to know. Raises BadInput when the model has no linear layers or no longest sequence."""
+    config = model.config
+    kinds = Counter(
+        (name.rpartition(".")[2], module.in_features, module.out_features)
+        for name, module in block_linears(model).items()
+    )
+    if not kinds:
+        raise BadInput(f"model.uri: {type(model).__name__} has no linear layers that LoRA could attach to")
+    heads = config.num_attention_heads
+    max_position = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if max_position > 1 << 30:  # transformers' word for "not known"
+        raise BadInput("model.uri: neither config.json nor the tokenizer says how long a sequence may be")
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        hidden_size=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab_size=config.vocab_size,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        max_position=max_position,
+        dtype=weights.dtype,
+        bytes_on_disk=weights.bytes_on_disk,
+        linear=[
+            LinearModule(name=name, in_features=inner, out_features=outer, count=count)
+            for (name, inner, outer), count in sorted(kinds.items())
+        ],
+    )
+
+
+def model_digest(directory: Path, weights: Weights) -> str:
+    """`sha256:…` over config and tokenizer files and the weights' headers and sizes; the weights are not read."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+        path = directory / name
+        if path.is_file():
+            digest.update(f"{name} {file_digest(path)}\n".encode())
+    for name in weights.files:
+        size = (directory / name).stat().st_size
+        digest.update(f"{name} {size} {hashlib.sha256(weights.headers[name]).hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,84 @@
+"""The publish stage: one artifact to where the user wants it, whole or not at all, with digests and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_api.exchange import PublishOrder, PublishResult
+from qlora_trainer.artifacts import combined_digest, copy_file, digests_of, file_digest, whole_directory
+from qlora_trainer.environment import Pod, log
+from qlora_trainer.failures import BadInput
+from qlora_trainer.results import record
+
+MANIFEST_NAME = "qlora-manifest.json"
+
+
+def publish(order: PublishOrder, pod: Pod) -> PublishResult:
+    """Copy the artifact beside its place, verify the copy, and rename.
+
+    Raises BadInput when the artifact was changed, or when something else is where it is to go and may not be replaced.
+    """
+    source = Path(order.work_dir) / order.artifact
+    target = pod.path_of(order.output_uri, "output.uri")
+    digests = digests_of(source) if source.is_dir() else {}
+    if combined_digest(digests) != order.artifact_digest:
+        raise BadInput(f"the {order.artifact} in {source} is not the one that was made: it was changed or removed")
+    manifest = manifest_text(order, source, digests)
+    result = PublishResult(
+        uri=order.output_uri,
+        digest=f"sha256:{hashlib.sha256(manifest.encode()).hexdigest()}",
+        bytes=sum((source / name).stat().st_size for name in digests) + len(manifest.encode()),
+        files=len(digests) + 1,
+    )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if _published(target, manifest):
+            log.info("%s is there already", order.output_uri)
+            record(order, result)
+            return result
+        if not order.overwrite:
+            raise BadInput(
+                f"output.uri: {order.output_uri} exists and holds something else: "
+                "choose another output.uri, remove what is there, or set output.overwrite"
+            )
+        log.info("%s is replaced", order.output_uri)
+    if not target.parent.exists() and not Path(pod.claims).is_dir():
+        raise BadInput(f"output.uri: the claim of {order.output_uri} is not mounted")
+
+    with whole_directory(target, marker=f".{order.job_uid}") as partial:
+        for name, digest in digests.items():
+            copy = partial / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if copy_file(source / name, copy) != digest or file_digest(copy) != digest:
+                raise OSError(f"{order.output_uri}/{name}: the bytes that arrived are not those that were sent")
+        (partial / MANIFEST_NAME).write_text(manifest, encoding="utf-8")
+    log.info("published %d files, %.1f MiB to %s", result.files, result.bytes / 2**20, order.output_uri)
+    record(order, result)
+    return result
+
+
+def manifest_text(order: PublishOrder, source: Path, digests: dict[str, str]) -> str:
+    """The manifest: every file's digest and size, and where the artifact comes from. Equal for equal orders."""
+    document: dict[str, Any] = {
+        "artifact": order.artifact,
+        "digest": order.artifact_digest,
+        "files": {
+            name: {"digest": digest, "bytes": (source / name).stat().st_size}
+            for name, digest in sorted(digests.items())
+        },
+        "provenance": order.provenance,
+    }
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _published(target: Path, manifest: str) -> bool:
+    """Whether `target` is what `manifest` says, every byte of it."""
+    path = target / MANIFEST_NAME
+    if not path.is_file() or path.read_text(encoding="utf-8") != manifest:
+        return False
+    promised = {name: entry["digest"] for name, entry in json.loads(manifest)["files"].items()}
+    found = digests_of(target)
+    del found[MANIFEST_NAME]
+    return found == promised
