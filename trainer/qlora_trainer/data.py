@@ -224,17 +224,17 @@ def _format_of(row: dict[str, Any], expected: Format | None) -> Format:
         found.append("prompt-completion")
     if expected in found:
         return expected
+    if found and not expected:
+        return found[0]
     keys = ", ".join(sorted(row)) or "none"
-    if expected and found:
+    if found:
         raise ValueError(f"format {found[0]}, but the format of the source is {expected}: use one format in a source")
     if expected == "messages":
         raise ValueError(f"no messages; keys are {keys}")
-    if expected or "prompt" in row or "completion" in row:
-        missing = [key for key in ("prompt", "completion") if key not in row]
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if expected or len(missing) == 1:
         raise ValueError(f"no {' and no '.join(missing)}; keys are {keys}")
-    if not found:
-        raise ValueError(f"neither messages nor prompt and completion; keys are {keys}")
-    return found[0]
+    raise ValueError(f"neither messages nor prompt and completion; keys are {keys}")
 
 
 def _check_messages(messages: Any) -> None:
