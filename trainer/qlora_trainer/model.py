@@ -115,7 +115,8 @@ def _neighbours(path: Path) -> str:
 
 
 def _open_tokenizer(directory: Path, uri: str) -> Any:
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((directory / name).is_file() for name in vocabularies):
         raise BadInput(f"model.uri: {uri} has no tokenizer (tokenizer.json or tokenizer.model)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -85,13 +85,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None, eos_token_id=2, pad_token_id=0,
         )
     )  # fmt: skip
+    # untrained embeddings are short, and with a frozen head logits cannot grow beyond |norm| · |embedding|: LoRA could
+    # then hardly learn anything
+    model.model.norm.weight.data.mul_(4)
     directory = tmp_path_factory.mktemp("base")
     model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="100KB")
     tokenizer.save_pretrained(directory)
