@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONPATH := $(CURDIR):$(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check unit cluster e2e soak bench up down generate lock format venv
+.PHONY: help demo test check unit cluster e2e soak up down generate lock format venv
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12

@@ -62,7 +62,9 @@ ArtifactName = Literal["adapter", "merged"]
 class Document(BaseModel):
     """A document that travels as camelCase JSON. Unknown fields are refused: both halves ship together."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no white space, absent instead of null."""
@@ -161,6 +163,18 @@ class Recipe(Document):
     attention: str
     max_grad_norm: float = Field(gt=0)
     evals_per_epoch: int = Field(default=4, ge=0)
+
+    def steps_per_epoch(self, sequences: int) -> int:
+        """Optimizer steps that see each of `sequences` once; the last batch may be short."""
+        return -(-sequences // self.effective_batch_size)
+
+    def steps(self, sequences: int) -> int:
+        """Optimizer steps of the whole training. Raises ValueError when neither epochs nor max_steps is said."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.epochs is None:
+            raise ValueError("the recipe says neither epochs nor maxSteps")
+        return max(1, round(self.epochs * self.steps_per_epoch(sequences)))
 
 
 class Score(Document):
@@ -380,9 +394,15 @@ def failed(order: Order, failure: str) -> Report:
 
 
 def parse_report(text: str) -> Report:
-    """The report in a termination message. Raises ValueError when there is none (a killed container writes nothing)."""
+    """The report in a termination message, with a result that fits its stage.
+
+    Raises ValueError when there is none (a killed container writes nothing).
+    """
     try:
-        return Report.model_validate_json(text)
+        report = Report.model_validate_json(text)
+        if report.result is not None:
+            RESULT_OF[report.stage].model_validate(report.result)
+        return report
     except ValidationError as error:
         raise ValueError(f"not a report: {error.errors()[0]['msg']}") from error
 

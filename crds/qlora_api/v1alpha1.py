@@ -143,7 +143,7 @@ OutputFormat = Literal[
 ]  # fmt: skip
 MergeBase = Literal["dequantized", "original"]
 OnOutOfMemory = Literal["halveMicroBatch", "fail"]
-Severity = Literal["True", "False", "Unknown"]
+ConditionStatus = Literal["True", "False", "Unknown"]
 
 
 class Rule(NamedTuple):
@@ -314,8 +314,8 @@ class Quantization(SpecPart):
     )
     compute_dtype: ComputeDtype | None = Field(
         default=None,
-        description="Type that the weights are dequantised to for the matrix products. Absent: bfloat16, and float16 "
-        "on GPUs without it.",
+        description="Type that the weights are dequantised to for the matrix products. Absent: bfloat16, and float32 "
+        "on the CPU.",
     )
 
 
@@ -402,9 +402,7 @@ class Training(SpecPart):
     gradient_checkpointing: Flag = Field(
         default=True, description="Recompute activations in the backward pass: a fifth slower, much less memory."
     )
-    attention: Attention | None = Field(
-        default=None, description="Attention kernel. Absent: the fastest that the image and the GPU have."
-    )
+    attention: Attention | None = Field(default=None, description="Attention kernel. Absent: sdpa.")
     offload: Offload = Field(default="none", description="What is moved to host memory when GPU memory is short.")
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     evals_per_epoch: Integer = Field(
@@ -567,7 +565,9 @@ class PodTemplate(SpecPart):
     image_pull_secrets: tuple[LocalObject, ...] | None = Field(
         default=None, max_length=16, description="Secrets to pull the image with."
     )
-    runtime_class_name: ObjectName | None = Field(default=None, description="RuntimeClass, such as nvidia.")
+    runtime_class_name: ObjectName | None = Field(
+        default=None, description="RuntimeClass of the pods that get a GPU, such as nvidia."
+    )
     node_selector: dict[str, LabelValue] | None = Field(
         default=None, max_length=32, description="Labels that a node must have, beside those that the plan asks for."
     )
@@ -795,7 +795,7 @@ class Condition(Document):
     """One aspect of the job's state, as everywhere in Kubernetes."""
 
     type: str = Field(max_length=316, description="Which aspect, such as Ready, Planned or Failed.")
-    status: Severity = Field(description="True, False or Unknown.")
+    status: ConditionStatus = Field(description="True, False or Unknown.")
     observed_generation: int | None = Field(default=None, description="Generation of the spec that this is said of.")
     last_transition_time: Timestamp = Field(description="When the status last changed.")
     reason: str = Field(max_length=1024, description="Why, in one word, for programs.")
@@ -852,7 +852,9 @@ class Plan(Document):
 class Progress(Document):
     """How far the training is. Rounded, and written rarely."""
 
-    percent: int = Field(default=0, description="Share of the steps that is done.")
+    percent: int = Field(
+        default=0, description="Share of the tasks (stages, one publication per artifact) that is done."
+    )
     step: int | None = Field(default=None, description="Optimizer steps done.")
     steps: int | None = Field(default=None, description="Optimizer steps in all.")
     epoch: float | None = Field(default=None, description="Passes over the data done.")

@@ -1,11 +1,13 @@
-"""Every Kubernetes call, raw dicts in and out. The client's errors become `Refused` here, once."""
+"""Every Kubernetes call, raw dicts in and out. The client's errors become `ApiError` here, once."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.config import ConfigException
 
@@ -19,8 +21,8 @@ TIMEOUT_SECONDS = 30
 Raw = dict[str, Any]
 
 
-class Refused(Exception):
-    """The API server answered with an error."""
+class ApiError(Exception):
+    """The API server answered with an error, or not at all (code 0)."""
 
     def __init__(self, call: str, code: int, body: str) -> None:
         self.code = code
@@ -69,9 +71,14 @@ class Cluster:
             call = self._custom.list_namespaced_custom_object_without_preload_content(GROUP, VERSION, namespace, PLURAL)
         return (await _answered(f"list {KIND}s", call))["items"]
 
-    async def apply_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> bool:
-        """Server-side apply of the whole status, as its only writer. False when the job is gone."""
-        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "status": status}
+    async def apply_status(self, metadata: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
+        """Server-side apply of the whole status, as its only writer, to the version of the job that `metadata` is of.
+
+        False when the job is gone. An older version raises `ApiError` (409): the decision may be outdated.
+        """
+        namespace, name = metadata["namespace"], metadata["name"]
+        version = {"name": name, "resourceVersion": metadata["resourceVersion"]}
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": version, "status": status}
         call = self._custom.patch_namespaced_custom_object_status_without_preload_content(
             GROUP, VERSION, namespace, PLURAL, name, body, field_manager=FIELD_MANAGER, force=True, _content_type=APPLY
         )
@@ -84,43 +91,52 @@ class Cluster:
         return await _found(f"get Job {name}", call(name, namespace))
 
     async def pods(self, namespace: str, stage_job: str) -> list[Raw]:
-        """The pods of a Job."""
+        """The pods of Jobs of that name: of one that is there, and of one that was deleted before."""
         call = self._core.list_namespaced_pod_without_preload_content
         selector = f"batch.kubernetes.io/job-name={stage_job},{JOB_LABEL}"
         return (await _answered(f"list pods of {stage_job}", call(namespace, label_selector=selector)))["items"]
 
-    async def has_claim(self, namespace: str, name: str) -> bool:
+    async def claim(self, namespace: str, name: str) -> Raw | None:
         call = self._core.read_namespaced_persistent_volume_claim_without_preload_content
-        claim = await _found(f"get PersistentVolumeClaim {name}", call(name, namespace))
-        return claim is not None and not claim["metadata"].get("deletionTimestamp")
+        return await _found(f"get PersistentVolumeClaim {name}", call(name, namespace))
 
     async def create(self, manifest: Raw) -> None:
         """Create a child. One of that name that is ours counts as created, with two exceptions.
 
         An order that says something else is replaced (its attempt has not started), and one that is being deleted or
-        belongs to somebody else raises `Refused`.
+        belongs to somebody else raises `ApiError`.
         """
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         what = f"create {kind} {name}"
         try:
             await _answered(what, self._creates(kind)(namespace, manifest, field_manager=FIELD_MANAGER))
-        except Refused as refused:
+        except ApiError as refused:
             if refused.code != 409:
                 raise
             there = await _found(f"get {kind} {name}", self._reads(kind)(name, namespace))
-            if there is None or there["metadata"].get("deletionTimestamp"):
+            if there is None:
                 raise
             owner = metadata["ownerReferences"][0]["uid"]
-            if owner not in {o["uid"] for o in there["metadata"].get("ownerReferences", ())}:
-                raise Refused(what, 409, f"{kind} {name} exists and belongs to somebody else; delete it") from refused
+            require_ours(there, owner)
+            if there["metadata"].get("deletionTimestamp"):
+                raise ApiError(what, 409, f"{kind} {name} of before is still being deleted") from refused
             if kind == "ConfigMap" and there.get("data") != manifest["data"]:
-                await self.delete(kind, namespace, name)
+                await self.delete(kind, namespace, name, owner)
                 await _answered(what, self._creates(kind)(namespace, manifest, field_manager=FIELD_MANAGER))
 
-    async def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Delete a child, its dependents first: a Job stays visible until its pods are gone."""
-        body = {"propagationPolicy": "Foreground"} if kind == "Job" else {}
+    async def delete(self, kind: str, namespace: str, name: str, owner: str) -> None:
+        """Delete the child of the job with the uid `owner`, its dependents first: a Job stays until its pods are gone.
+
+        One that is not there counts as deleted; one that is somebody else's raises `ApiError`.
+        """
+        there = await _found(f"get {kind} {name}", self._reads(kind)(name, namespace))
+        if there is None:
+            return
+        require_ours(there, owner)
+        body: Raw = {"preconditions": {"uid": there["metadata"]["uid"]}}
+        if kind == "Job":
+            body["propagationPolicy"] = "Foreground"
         await _found(f"delete {kind} {name}", self._deletes(kind)(name, namespace, body=body))
 
     def _creates(self, kind: str) -> Any:
@@ -154,12 +170,27 @@ class Cluster:
         await _answered("create event", create(namespace, event))
 
 
+def require_ours(child: Mapping[str, Any], owner: str) -> None:
+    """Raises `ApiError` unless the job with the uid `owner` owns `child`."""
+    metadata = child["metadata"]
+    if owner not in {reference["uid"] for reference in metadata.get("ownerReferences", ())}:
+        whose = "an earlier job of this name" if metadata.get("ownerReferences") else "somebody else"
+        text = f"{metadata['name']} is there and belongs to {whose}; delete it, or wait until it is gone"
+        raise ApiError(f"use {child.get('kind', 'object')} {metadata['name']}", 409, text)
+
+
 async def _answered(what: str, call: Any) -> Any:
-    """The JSON body of a call's answer. Raises `Refused` for a status of 300 and above."""
-    response = await call
-    body = await response.read()
+    """The JSON body of a call's answer. Raises `ApiError` for a status of 300 and above."""
+    try:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            response = await call
+            body = await response.read()
+    except TimeoutError as error:
+        raise ApiError(what, 0, f"no answer within {TIMEOUT_SECONDS} s") from error
+    except aiohttp.ClientError as error:
+        raise ApiError(what, 0, str(error)) from error
     if response.status >= 300:
-        raise Refused(what, response.status, body.decode(errors="replace"))
+        raise ApiError(what, response.status, body.decode(errors="replace"))
     return json.loads(body)
 
 
@@ -167,7 +198,7 @@ async def _found(what: str, call: Any) -> Any | None:
     """As `_answered`, and None for 404."""
     try:
         return await _answered(what, call)
-    except Refused as refused:
+    except ApiError as refused:
         if refused.code == 404:
             return None
         raise

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Mapping
 from typing import Any
 
 import kopf
 
 from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
-from qlora_operator.cluster import Cluster, Refused, connect
+from qlora_operator.cluster import ApiError, Cluster, connect
 from qlora_operator.lifecycle.policies import FINISHED
 from qlora_operator.manifests.names import JOB_LABEL
 from qlora_operator.probes import Probes
@@ -57,9 +58,10 @@ def registry(installation: Settings) -> kopf.OperatorRegistry:
         tune(settings)
         memo.cluster = cluster = await connect()
         reconcile = Reconciler(cluster, installation)
-        tasks.append(asyncio.create_task(probes.serve()))
-        tasks.append(asyncio.create_task(resync(cluster, queue, installation, probes)))
-        tasks.extend(asyncio.create_task(queue.work(reconcile)) for _ in range(installation.workers))
+        workers = [queue.work(reconcile) for _ in range(installation.workers)]
+        for work in (probes.serve(), resync(cluster, queue, installation, probes), *workers):
+            tasks.append(task := asyncio.create_task(work))
+            task.add_done_callback(end_process_if_failed)
 
     @kopf.on.cleanup(registry=handlers)
     async def stop(memo: kopf.Memo, **_: Any) -> None:
@@ -103,10 +105,20 @@ def tune(settings: kopf.OperatorSettings) -> None:
     """kopf's settings: narrow rights, watches that end and are renewed, no events of kopf's own."""
     settings.scanning.disabled = True
     settings.posting.enabled = False
+    # filtered by the server: of a large cluster's pods and Jobs, only ours are sent
+    settings.watching.label_selectors["pods"] = JOB_LABEL
+    settings.watching.label_selectors["batch", "jobs"] = JOB_LABEL
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = 70
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
+
+
+def end_process_if_failed(task: asyncio.Task[None]) -> None:
+    """None of the loops ends by itself: with one of them dead the operator only looks alive, so it is started anew."""
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("a loop died; the process ends", exc_info=error)
+        signal.raise_signal(signal.SIGTERM)
 
 
 async def resync(cluster: Cluster, queue: WorkQueue, settings: Settings, probes: Probes) -> None:
@@ -121,7 +133,7 @@ async def resync(cluster: Cluster, queue: WorkQueue, settings: Settings, probes:
                         queue.add((job["metadata"]["namespace"], job["metadata"]["name"]))
             probes.beat()
             pause = settings.resync_seconds
-        except (Refused, OSError, TimeoutError) as error:
+        except (ApiError, OSError) as error:
             log.warning("resync: %s", error)
             pause = RETRY_SECONDS
         await asyncio.sleep(pause)

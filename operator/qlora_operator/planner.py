@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.exchange import Inspection, Recipe
 from qlora_api.v1alpha1 import JobSpec, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
-from qlora_operator.placement.choice import Infeasible, choose, micro_batches, with_headroom
-from qlora_operator.placement.flavours import Demands, Refused, flavours
+from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
+from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
 from qlora_operator.sizing.memory import DTYPE_BYTES, GIB, Memory, lora_parameters, training_memory
 
 DEFAULT_EPOCHS = 3.0
@@ -27,22 +26,30 @@ class Unfit:
 
 
 def plan(
-    spec: JobSpec, inspection: Inspection, nodes: Sequence[Mapping[str, Any]], *, keep: Recipe | None = None
+    spec: JobSpec,
+    inspection: Inspection,
+    nodes: Sequence[Mapping[str, Any]],
+    *,
+    tolerations: Sequence[Mapping[str, Any]] = (),
+    keep: Recipe | None = None,
 ) -> Plan | Unfit:
     """How to run the job on `nodes` (raw Node objects).
 
-    `keep` is the recipe of a training that has begun: its checkpoints are bound to it, so only the place may change.
+    `tolerations` are the installation's, besides the job's own. `keep` is the recipe of a training that has begun: its
+    checkpoints are bound to it, so only the place may change.
     """
     candidates = [keep] if keep else recipes(spec, inspection)
     if isinstance(candidates, Unfit):
         return candidates
-    if spec.hardware.accelerator == CPU:
-        return _plan_on_cpu(spec, inspection, candidates, nodes)
+    on_cpu = spec.hardware.accelerator == CPU
+    given = [*tolerations, *(t.to_api() for t in spec.pod_template.tolerations or ())]
     demands = Demands(
         products=tuple(spec.hardware.gpu_products or ()),
         node_selector=spec.pod_template.node_selector,
-        tolerations=(GPU_TOLERATION, *(t.to_api() for t in spec.pod_template.tolerations or ())),
+        tolerations=tuple(given) if on_cpu else (GPU_TOLERATION, *given),
     )
+    if on_cpu:
+        return _plan_on_cpu(spec, inspection, candidates, [node for node in nodes if not closed(node, demands)])
     found, refused = flavours(nodes, demands)
     choice = choose(
         inspection.shape,
@@ -123,41 +130,56 @@ def recipes(spec: JobSpec, inspection: Inspection) -> list[Recipe] | Unfit:
     ]
 
 
-def steps(recipe: Recipe, sequences: int) -> int:
-    """Optimizer steps of the training. The last batch of an epoch may be short, so each epoch is rounded up."""
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    return math.ceil((recipe.epochs or DEFAULT_EPOCHS) * math.ceil(sequences / recipe.effective_batch_size))
+def with_half_the_micro_batch(plan: Plan, inspection: Inspection) -> Plan:
+    """The plan with the next smaller micro-batch that divides the effective batch, which stays."""
+    effective = plan.recipe.effective_batch_size
+    size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if effective % n == 0)
+    memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpu=plan.flavour != CPU)
+    items = tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items)
+    smaller = plan.memory.model_copy(update={"items": items, "total_bytes": memory.total_bytes})
+    return plan.model_copy(
+        update={"micro_batch_size": size, "gradient_accumulation": effective // size, "memory": smaller}
+    )
 
 
 def _plan_on_cpu(
     spec: JobSpec, inspection: Inspection, candidates: Sequence[Recipe], nodes: Sequence[Mapping[str, Any]]
 ) -> Plan | Unfit:
-    """The first recipe that fits the memory of the largest node."""
+    """The first recipe that fits the memory of the largest of `nodes`."""
     largest = max((_allocatable_memory(node) for node in nodes), default=0)
     for recipe in candidates:
-        for size in micro_batches(recipe, spec.training.micro_batch_size):
-            memory = training_memory(inspection.shape, recipe, micro_batch_size=size, gpu=False)
-            if with_headroom(memory, spec.hardware.headroom_percent) <= largest:
-                return _as_plan(
-                    spec, inspection, recipe, memory, flavour=CPU, capacity=largest, micro_batch_size=size, rejected=()
-                )
+        sizes = micro_batches(recipe, spec.training.micro_batch_size)
+        headroom = spec.hardware.headroom_percent
+        fit = largest_fitting(
+            inspection.shape, recipe, sizes, device_bytes=largest, headroom_percent=headroom, gpu=False
+        )
+        if fit:
+            size, memory = fit
+            return _as_plan(
+                spec, inspection, recipe, memory, flavour=CPU, capacity=largest, micro_batch_size=size, rejected=()
+            )
     smallest = training_memory(
         inspection.shape,
         candidates[-1],
         micro_batch_size=micro_batches(candidates[-1], spec.training.micro_batch_size)[-1],
         gpu=False,
     )
-    need = with_headroom(smallest, spec.hardware.headroom_percent)
+    need = with_headroom(smallest.total_bytes, spec.hardware.headroom_percent)
     return Unfit(
         "NoNodeFits",
-        f"no node has the memory to train on the CPU: {need / GIB:.1f} GiB needed, the largest has {largest / GIB:.1f}",
+        f"no node that the job may run on has the memory: {need / GIB:.1f} GiB needed, the largest has "
+        f"{largest / GIB:.1f}",
     )
 
 
 def _allocatable_memory(node: Mapping[str, Any]) -> int:
     text = node.get("status", {}).get("allocatable", {}).get("memory", "0")
-    return int(text) if text.isdigit() else quantity_bytes(text)
+    if text.endswith("m"):  # thousandths: seen where a kubelet's reservation is a percentage
+        return int(text[:-1]) // 1000
+    try:
+        return int(float(text))
+    except ValueError:
+        return quantity_bytes(text)
 
 
 def _as_plan(
@@ -181,7 +203,7 @@ def _as_plan(
         nodes=1,
         micro_batch_size=micro_batch_size,
         gradient_accumulation=recipe.effective_batch_size // micro_batch_size,
-        steps=steps(recipe, inspection.sequences),
+        steps=recipe.steps(inspection.sequences),
         memory=MemoryPlan(
             items=tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items),
             total_bytes=memory.total_bytes,

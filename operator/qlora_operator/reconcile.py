@@ -9,11 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_api.v1alpha1 import JobStatus, Metadata, Phase, QLoRAJob, problems
+from qlora_api.v1alpha1 import JobStatus, Metadata, QLoRAJob, problems
 from qlora_operator import events
-from qlora_operator.cluster import Cluster, Refused
-from qlora_operator.lifecycle.observed import Absent, Job, Observed, Seen, see
-from qlora_operator.lifecycle.policies import needs_nodes, next_step, refuse_unreadable, work_claim
+from qlora_operator.cluster import ApiError, Cluster, require_ours
+from qlora_operator.lifecycle.conditions import unreadable
+from qlora_operator.lifecycle.observed import Job, Observed, Seen, see
+from qlora_operator.lifecycle.policies import FINISHED, call_refused, needs_nodes, next_step, work_claim
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Stop
 from qlora_operator.lifecycle.tasks import current
 from qlora_operator.manifests.claims import work_volume_claim
@@ -33,7 +34,7 @@ class Reconciler:
         self._settings = settings
 
     async def __call__(self, key: Key) -> timedelta | None:
-        """One pass over the job `key`; when to look again. Raises `Refused` when the API server does."""
+        """One pass over the job `key`; when to look again. Raises `ApiError` when the API server refuses a call."""
         raw = await self._cluster.job(*key)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             return None  # its children go with it, by their ownerReferences
@@ -41,13 +42,17 @@ class Reconciler:
         try:
             document = QLoRAJob.read(raw)
         except ValidationError as error:
-            status = refuse_unreadable(raw["metadata"], problems(error), now)
-            await self._write(raw, JobStatus(), status, now)
+            await self._say_unreadable(raw, problems(error), now)
             return None
         job = Job(document.metadata, document.spec, document.status)
-        step = next_step(job, await self.observe(job), now)
-        for action in step.actions:
-            await self._act(job, action)
+        try:
+            step = next_step(job, await self.observe(job), now)
+            for action in step.actions:
+                await self._act(job, action)
+        except ApiError as error:
+            if job.status.phase not in FINISHED:
+                await self._write(raw, job.status, call_refused(job, "ApiError", str(error), now), now)
+            raise
         await self._write(raw, job.status, step.status, now)
         return step.after
 
@@ -59,31 +64,43 @@ class Reconciler:
             name = task.job_name(job.metadata.name, n)
             attempts[name] = await self._attempt(namespace, name, job.metadata.uid)
         claims = {}
-        if job.status.plan is not None and job.status.phase is not Phase.SUCCEEDED:
-            claims[work_claim(job)] = await self._cluster.has_claim(namespace, work_claim(job))
+        if job.status.plan is not None and job.status.phase not in FINISHED:
+            claim = await self._cluster.claim(namespace, work_claim(job))
+            if claim is not None and job.spec.storage.claim_name is None:
+                require_ours(claim, job.metadata.uid)
+            claims[work_claim(job)] = claim is not None
         nodes = await self._cluster.nodes() if needs_nodes(job) else None
-        return Observed(attempts, claims, nodes)
+        return Observed(attempts, claims, nodes, self._settings.tolerations)
 
     async def _attempt(self, namespace: str, name: str, owner: str) -> Seen:
         found = await self._cluster.stage_job(namespace, name)
-        if found is None:
-            return Absent()
-        if owner not in {o["uid"] for o in found["metadata"].get("ownerReferences", ())}:
-            raise Refused("observe", 409, f"Job {name} exists and belongs to somebody else; delete it")
+        if found is not None:
+            require_ours(found, owner)
         return see(found, await self._cluster.pods(namespace, name))
 
     async def _act(self, job: Job, action: Action) -> None:
-        log.info("%s/%s: %s", job.metadata.namespace, job.metadata.name, action.describe())
+        namespace, uid = job.metadata.namespace, job.metadata.uid
+        log.info("%s/%s: %s", namespace, job.metadata.name, action.describe())
         match action:
             case Start(task, attempt):
                 await self._cluster.create(config_map(job, task, attempt, self._settings))
                 await self._cluster.create(stage_job(job, task, attempt, self._settings))
             case Stop(task, attempt):
-                await self._cluster.delete("Job", job.metadata.namespace, task.job_name(job.metadata.name, attempt))
+                await self._cluster.delete("Job", namespace, task.job_name(job.metadata.name, attempt), uid)
             case CreateWorkVolume():
                 await self._cluster.create(work_volume_claim(job, self._settings))
             case DeleteWorkVolume():
-                await self._cluster.delete("PersistentVolumeClaim", job.metadata.namespace, work_claim(job))
+                await self._cluster.delete("PersistentVolumeClaim", namespace, work_claim(job), uid)
+
+    async def _say_unreadable(self, raw: Mapping[str, Any], sentences: list[str], now: datetime) -> None:
+        """Say that this version cannot read the job, stored by another one. Nothing of its status is lost."""
+        status = dict(raw.get("status", {}))
+        if status.get("phase") in FINISHED:
+            return
+        log.warning("%s/%s: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], "; ".join(sentences))
+        document = unreadable(status, "; ".join(sentences), generation=raw["metadata"]["generation"], now=now)
+        if document != status:
+            await self._cluster.apply_status(raw["metadata"], document)
 
     async def _write(self, raw: Mapping[str, Any], before: JobStatus, after: JobStatus, now: datetime) -> None:
         """Write the status if it says something new; events only if it landed."""
@@ -91,6 +108,6 @@ class Reconciler:
         if document == raw.get("status"):
             return
         metadata = Metadata.model_validate(raw["metadata"], by_alias=True, by_name=False)
-        if await self._cluster.apply_status(metadata.namespace, metadata.name, document):
+        if await self._cluster.apply_status(raw["metadata"], document):
             for event in events.between(before, after):
                 await self._cluster.create_event(metadata.namespace, events.manifest(event, metadata, now))

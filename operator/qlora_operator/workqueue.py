@@ -67,7 +67,8 @@ class WorkQueue:
 
     def _back_off(self, key: Key) -> timedelta:
         n = self._failures[key] = self._failures.get(key, 0) + 1
-        seconds = min(FIRST_BACK_OFF_SECONDS * 2**n, LONGEST_BACK_OFF_SECONDS)
+        doublings = min(n - 1, 10)  # far beyond the longest, and within what a float holds
+        seconds = min(FIRST_BACK_OFF_SECONDS * 2**doublings, LONGEST_BACK_OFF_SECONDS)
         return timedelta(seconds=seconds * random.uniform(0.5, 1.5))
 
     def _drop_timer(self, key: Key) -> None:
@@ -77,4 +78,4 @@ class WorkQueue:
 
 def _unexpected(error: Exception) -> bool:
     """Whether a traceback helps: for the API server's refusals the message is enough."""
-    return type(error).__name__ != "Refused"
+    return type(error).__name__ != "ApiError"

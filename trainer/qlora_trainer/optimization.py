@@ -29,20 +29,6 @@ def make_optimizer(recipe: Recipe, weights: Iterable[torch.nn.Parameter]) -> Opt
     return _OPTIMIZERS[recipe.optimizer](list(weights), recipe.learning_rate)
 
 
-def total_steps(recipe: Recipe, sequences: int) -> int:
-    """Optimizer steps of the whole training; an epoch's last batch may be smaller than the others."""
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    if recipe.epochs is None:
-        raise ValueError("the recipe says neither epochs nor maxSteps")
-    return max(1, round(recipe.epochs * steps_per_epoch(recipe, sequences)))
-
-
-def steps_per_epoch(recipe: Recipe, sequences: int) -> int:
-    """Optimizer steps that see every sequence once."""
-    return -(-sequences // recipe.effective_batch_size)
-
-
 def learning_rate(step: int, total: int, recipe: Recipe) -> float:
     """Learning rate of `step` (from 0) of `total`: up in a line, then by the schedule down to the least."""
     warmup = math.ceil(recipe.warmup_fraction * total)

@@ -27,7 +27,7 @@ from qlora_trainer.failures import BadInput, Diverged, Interrupted
 from qlora_trainer.inspection import log_samples
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.model import BaseModel, open_base
-from qlora_trainer.optimization import learning_rate, make_optimizer, steps_per_epoch, total_steps
+from qlora_trainer.optimization import learning_rate, make_optimizer
 from qlora_trainer.quantization import load_for_training, quantized_modules
 from qlora_trainer.results import record, recorded
 from qlora_trainer.sequences import Sequence, Tokenisation, batches, cut, pack
@@ -74,7 +74,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     rows, eval_rows = rows_of(tokenised), rows_of([tokenise(example) for example in corpus.eval])
     if not rows:
         raise BadInput("dataset: no token carries loss: there is nothing to learn")
-    steps = total_steps(recipe, len(rows))
+    steps = recipe.steps(len(rows))
     log.info(
         "%d examples in %d sequences of at most %d tokens; %d steps of %d sequences, %d at a time",
         len(corpus.train), len(rows), recipe.max_length, steps, recipe.effective_batch_size, order.micro_batch_size,
@@ -123,7 +123,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
         adapter_digest=directory_digest(adapter_dir),
         adapter_bytes=directory_bytes(adapter_dir),
         steps=progress.step,
-        epochs=round(progress.step / steps_per_epoch(recipe, len(rows)), 4),
+        epochs=round(progress.step / recipe.steps_per_epoch(len(rows)), 4),
         train_loss=sum(tail) / len(tail) if tail else progress.losses[0],
         eval_loss=progress.eval_losses[-1][1] if progress.eval_losses else None,
         tokens=progress.tokens,
@@ -174,7 +174,7 @@ class Learning:
         """After which steps the evaluation set is looked at: evenly over each epoch, and at the end."""
         if not self.eval_rows:
             return frozenset()
-        per_epoch, times = steps_per_epoch(self.recipe, len(self.rows)), self.recipe.evals_per_epoch
+        per_epoch, times = self.recipe.steps_per_epoch(len(self.rows)), self.recipe.evals_per_epoch
         epochs = -(-self.steps // per_epoch)
         due = {round(per_epoch * number / times) for number in range(1, epochs * times + 1)} if times else set()
         return frozenset(step for step in due if 0 < step <= self.steps) | {self.steps}

@@ -48,6 +48,8 @@ def outcome(seen: Ended) -> Outcome:
     if seen.succeeded:
         has_result = seen.report is not None and seen.report.result is not None
         return Outcome.SUCCEEDED if has_result else Outcome.RESULT_LOST
+    if seen.pod_gone:
+        return Outcome.INTERRUPTED  # it was deleted; what it wrote at the end went with it
     return OUTCOME_OF_EXIT.get(seen.exit_code or 1, Outcome.CRASHED)
 
 
@@ -88,11 +90,17 @@ def answer(attempts: Sequence[Attempt], retry: Retry, *, micro_batch_size: int |
             return GiveUp(how, f"{message}; the micro-batch is 1 already: use a larger GPU or a shorter maxLength")
         return AgainWithHalfTheMicroBatch(timedelta())
     if how is Outcome.INTERRUPTED:
-        return Again(INTERRUPTED_BACK_OFF)
+        in_a_row = next((i for i, a in enumerate(reversed(attempts)) if a.outcome != how), len(attempts))
+        return Again(_back_off(INTERRUPTED_BACK_OFF, in_a_row))
     restarts = sum(1 for attempt in attempts if attempt.outcome in COUNTED)
     if restarts > retry.max_restarts:
         return GiveUp("TooManyRestarts", f"{message} (restarted {retry.max_restarts} times, spec.retry.maxRestarts)")
-    return Again(min(FIRST_BACK_OFF * 2 ** (restarts - 1), LONGEST_BACK_OFF))
+    return Again(_back_off(FIRST_BACK_OFF, restarts))
+
+
+def _back_off(first: timedelta, times: int) -> timedelta:
+    doublings = min(times - 1, 10)  # far beyond the longest, and within what a timedelta holds
+    return min(first * 2**doublings, LONGEST_BACK_OFF)
 
 
 _SAYS = {

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
+from typing import Any
 
-from qlora_api.v1alpha1 import Condition, ConditionType, JobStatus, Phase, Severity
+from qlora_api.v1alpha1 import Condition, ConditionStatus, ConditionType, JobStatus, Phase
 
 MESSAGE_MAX = 2000
 
@@ -34,7 +35,7 @@ class Situation:
 
 
 #: Ready, Reconciling and Stalled for each stance.
-_KSTATUS: dict[Stance, tuple[Severity, Severity, Severity]] = {
+_KSTATUS: dict[Stance, tuple[ConditionStatus, ConditionStatus, ConditionStatus]] = {
     Stance.WORKING: ("False", "True", "False"),
     Stance.RESTING: ("False", "False", "False"),
     Stance.READY: ("True", "False", "False"),
@@ -52,7 +53,7 @@ _MILESTONES = (
 def with_situation(
     status: JobStatus,
     situation: Situation,
-    milestones: dict[ConditionType, tuple[Severity, str, str]],
+    milestones: dict[ConditionType, tuple[ConditionStatus, str, str]],
     *,
     generation: int,
     now: datetime,
@@ -63,14 +64,14 @@ def with_situation(
     """
     message = situation.message[:MESSAGE_MAX]
     ready, reconciling, stalled = _KSTATUS[situation.stance]
-    said: dict[ConditionType, tuple[Severity, str, str]] = {
+    said: dict[ConditionType, tuple[ConditionStatus, str, str]] = {
         ConditionType.READY: (ready, situation.reason, message),
         ConditionType.RECONCILING: (reconciling, situation.reason, message if reconciling == "True" else ""),
         ConditionType.STALLED: (stalled, situation.reason, message if stalled == "True" else ""),
     }
     for milestone in _MILESTONES:
         said[milestone] = milestones.get(milestone, ("Unknown", "NotYet", ""))
-    if situation.phase is Phase.SUSPENDED:
+    if situation.stance is Stance.RESTING:
         said[ConditionType.SUSPENDED] = ("True", situation.reason, message)
     if situation.phase is Phase.SUCCEEDED:
         said[ConditionType.COMPLETE] = ("True", situation.reason, message)
@@ -96,7 +97,7 @@ def with_situation(
 def _condition(
     before: Condition | None,
     kind: ConditionType,
-    value: Severity,
+    value: ConditionStatus,
     reason: str,
     message: str,
     *,
@@ -112,3 +113,22 @@ def _condition(
         reason=reason,
         message=message[:MESSAGE_MAX],
     )
+
+
+def unreadable(status: dict[str, Any], message: str, *, generation: int, now: datetime) -> dict[str, Any]:
+    """A status that the models cannot read, saying so: stalled until an operator can read it, otherwise as it was."""
+    said = {"Ready": "False", "Reconciling": "False", "Stalled": "True"}
+    before = {condition["type"]: condition for condition in status.get("conditions", ())}
+    stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    text = f"this version of the operator cannot read the job: {message}"[:MESSAGE_MAX]
+    for kind, value in said.items():
+        old = before.get(kind, {})
+        before[kind] = {
+            "type": kind,
+            "status": value,
+            "observedGeneration": generation,
+            "lastTransitionTime": old["lastTransitionTime"] if old.get("status") == value else stamp,
+            "reason": "Unreadable",
+            "message": text if value == "True" or kind == "Ready" else "",
+        }
+    return {**status, "observedGeneration": generation, "message": text, "conditions": list(before.values())}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from qlora_api.exchange import Stage
-from qlora_api.v1alpha1 import ConditionType, Phase, Severity
+from qlora_api.v1alpha1 import ConditionStatus, ConditionType, Phase
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Active, Job, Observed
 from qlora_operator.lifecycle.tasks import TRAIN, Task, ended, is_done, tasks
 
-Said = tuple[Severity, str, str]
+Said = tuple[ConditionStatus, str, str]
 
 REACHED_BY = {
     Stage.INSPECT: ConditionType.INSPECTED,

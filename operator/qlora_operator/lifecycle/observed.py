@@ -12,6 +12,11 @@ from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
 
 Raw = Mapping[str, Any]
 
+#: Name of the container that runs the stage.
+CONTAINER = "stage"
+#: Phases of a pod that writes no more.
+OVER = ("Succeeded", "Failed")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -29,7 +34,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class Stopping:
-    """The attempt's Job is being deleted; its pod may still be writing."""
+    """The attempt's Job is being deleted, or is gone before its pod: that may still be writing."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Ended:
     """The attempt's Job is over. Without a `report` the container wrote none: it was killed, or its pod is gone."""
 
     succeeded: bool
+    pod_gone: bool = False
     exit_code: int | None = None
     report: Report | None = None
     detail: str = ""
@@ -59,11 +65,13 @@ Seen = Absent | Stopping | Active | Ended
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that a decision about one job looks at. `nodes` is None where they were not needed."""
+    """Everything that a decision about one job looks at. `nodes` is None where they were not needed; `tolerations` are
+    what the installation gives every pod."""
 
     attempts: Mapping[str, Seen] = field(default_factory=dict)
     claims: Mapping[str, bool] = field(default_factory=dict)
     nodes: Sequence[Raw] | None = None
+    tolerations: Sequence[Raw] = ()
 
 
 def moment(text: str | None) -> datetime | None:
@@ -72,34 +80,41 @@ def moment(text: str | None) -> datetime | None:
 
 
 def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
-    """What became of an attempt, from its Job and the Job's pods."""
+    """What became of an attempt, from its Job and the pods of Jobs of that name."""
     if job is None:
-        return Absent()
+        return Stopping() if any(p.get("status", {}).get("phase") not in OVER for p in pods) else Absent()
     if job["metadata"].get("deletionTimestamp"):
         return Stopping()
     verdict = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
+    uid = job["metadata"]["uid"]
+    pods = [pod for pod in pods if uid in {o["uid"] for o in pod["metadata"].get("ownerReferences", ())}]
     pod = max(pods, key=lambda p: p["metadata"]["creationTimestamp"], default=None)
     if not verdict & {"Complete", "Failed"}:
-        return _active(pod)
+        return _active(job["metadata"]["name"], pod)
     return _ended(job, pod, succeeded="Complete" in verdict)
 
 
-def _active(pod: Raw | None) -> Active:
+def _active(name: str, pod: Raw | None) -> Active:
     if pod is None:
-        return Active()
+        return Active(waiting=f"its pod is not there yet; if that lasts: kubectl describe job {name}")
     status = pod.get("status", {})
     node = pod.get("spec", {}).get("nodeName")
     started = moment(status.get("startTime"))
-    for container in status.get("containerStatuses", ()):
+    for container in _stage_containers(pod):
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return Active(node, started, f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": "))
-        if "running" in container.get("state", {}):
+        if container.get("state", {}).keys() & {"running", "terminated"}:  # the Job's own verdict comes a little later
             return Active(node, started)
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return Active(node, None, f"not scheduled: {condition.get('message', '')}".rstrip(": "))
     return Active(node, started, "the container is being created")
+
+
+def _stage_containers(pod: Raw) -> list[Raw]:
+    """The stage's own container, not what others have put beside it."""
+    return [c for c in pod.get("status", {}).get("containerStatuses", ()) if c["name"] == CONTAINER]
 
 
 def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
@@ -108,10 +123,11 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
     over = moment(status.get("completionTime") or verdict.get("lastTransitionTime"))
     started = moment(status.get("startTime"))
     if pod is None:
-        return Ended(succeeded, detail="its pod is gone", started=started, ended=over)
+        return Ended(succeeded, pod_gone=True, detail="its pod was deleted", started=started, ended=over)
     node = pod.get("spec", {}).get("nodeName")
-    containers = pod.get("status", {}).get("containerStatuses", ())
-    terminated = next((c["state"]["terminated"] for c in containers if "terminated" in c.get("state", {})), None)
+    terminated = next(
+        (c["state"]["terminated"] for c in _stage_containers(pod) if "terminated" in c.get("state", {})), None
+    )
     if terminated is None:
         detail = pod.get("status", {}).get("message") or verdict.get("message", "")
         return Ended(succeeded, detail=detail, node=node, started=started, ended=over)
@@ -119,7 +135,7 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
     try:
         report, detail = parse_report(text), ""
     except ValueError:
-        report, detail = None, text[-500:].strip() or terminated.get("reason", "")
+        report, detail = None, terminated.get("reason", "")
     return Ended(
         succeeded,
         exit_code=terminated.get("exitCode"),

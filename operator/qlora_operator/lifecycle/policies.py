@@ -5,9 +5,9 @@ Each takes the job as recorded, what the cluster has of it and the time, and ret
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qlora_api.exchange import Stage
 from qlora_api.support import unsupported
@@ -57,10 +57,10 @@ def needs_nodes(job: Job) -> bool:
     return plan is None or plan.planned_for != planned_for(job)
 
 
-def refuse_unreadable(metadata: Mapping[str, Any], sentences: list[str], now: datetime) -> JobStatus:
-    """The status of a job that the models cannot read: one stored under another version of the CRD."""
-    situation = Situation(Phase.FAILED, "Unreadable", "; ".join(sentences), Stance.FAILED)
-    return with_situation(JobStatus(), situation, {}, generation=metadata["generation"], now=now)
+def call_refused(job: Job, reason: str, message: str, now: datetime) -> JobStatus:
+    """The status of a job with which the API server did not let the operator do what it decided."""
+    situation = Situation(job.status.phase or Phase.PENDING, reason, message)
+    return _say(job, Observed(), now, situation).status
 
 
 # --- the end ---
@@ -71,11 +71,13 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
     if job.status.phase not in FINISHED:
         return None
     actions: list[Action] = [Stop(task, n) for task, n, _ in _in_state(job, seen, Active)]
-    status = job.status
+    status = job.status.model_copy(update={"attempts": tuple(a for a in job.status.attempts if a.outcome)})
     volume = status.work_volume
     if volume and volume.retained and not _is_kept(job):
         actions.append(DeleteWorkVolume())
-        status = status.model_copy(update={"work_volume": volume.model_copy(update={"retained": False})})
+        left = tuple(artifact for artifact in status.artifacts if artifact.state == "Published")
+        gone = volume.model_copy(update={"retained": False})
+        status = status.model_copy(update={"work_volume": gone, "artifacts": left})
     if status.observed_generation != job.metadata.generation:  # suspend may still be edited, to no effect
         status = status.model_copy(update={"observed_generation": job.metadata.generation})
     return Step(status, tuple(actions))
@@ -92,6 +94,9 @@ def spec_asks_for_what_is_not_built(job: Job, seen: Observed, now: datetime) -> 
     """A field that this version would ignore is refused instead."""
     if not (sentences := unsupported(job.spec)):
         return None
+    if job.status.attempts:  # edited on its way: nothing is lost, it goes on when the edit is taken back
+        situation = Situation(job.status.phase or Phase.PENDING, "NotSupported", "; ".join(sentences), Stance.FAILED)
+        return _say(job, seen, now, situation)
     return _fail(job, seen, now, "NotSupported", "; ".join(sentences))
 
 
@@ -121,11 +126,24 @@ def attempts_have_ended(job: Job, seen: Observed, now: datetime) -> Step | None:
         status = results.recorded(status, job.metadata.name, task, n, state)
         verdict = _answer(Job(job.metadata, job.spec, status), task)
         if isinstance(verdict, AgainWithHalfTheMicroBatch) and status.plan:
-            status = results.with_half_the_micro_batch(status)
+            status = _with_half_the_micro_batch(status, status.plan)
     if status is job.status:
         return None
     after = Job(job.metadata, job.spec, status)
     return _say(after, seen, now, _underway(after, seen), after=NOW)
+
+
+def _with_half_the_micro_batch(status: JobStatus, old: Plan) -> JobStatus:
+    """The status with the smaller plan, and with the change noted on the attempt that ran out of memory."""
+    if status.inspection is None:
+        return status
+    new = planner.with_half_the_micro_batch(old, status.inspection)
+    change = (
+        f"micro-batch {old.micro_batch_size} → {new.micro_batch_size}, "
+        f"accumulation {old.gradient_accumulation} → {new.gradient_accumulation}"
+    )
+    last = status.attempts[-1].model_copy(update={"change": change})
+    return status.model_copy(update={"plan": new, "attempts": (*status.attempts[:-1], last)})
 
 
 def inspection_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -145,8 +163,12 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     wanted = planned_for(job)
     if inspection is None or is_done(job.status, TRAIN) or (old is not None and old.planned_for == wanted):
         return None
+    if running := [(task, n) for task, n, _ in _in_state(job, seen, Active) if task == TRAIN]:
+        situation = Situation(Phase.PLANNING, "Replanning", "stopping train, with a checkpoint, to plan it anew")
+        return _say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in running), after=SOON)
     begun = bool(ended(job.status, TRAIN)) or job.status.work_volume is not None
-    made = planner.plan(job.spec, inspection, seen.nodes or (), keep=old.recipe if old and begun else None)
+    keep = old.recipe if old and begun else None
+    made = planner.plan(job.spec, inspection, seen.nodes or (), tolerations=seen.tolerations, keep=keep)
     if isinstance(made, Plan):
         planned = job.status.model_copy(
             update={
@@ -165,7 +187,8 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
 
 def planned_for(job: Job) -> str:
     """Fingerprint of the parts of the spec that a plan depends on and that may change."""
-    return results.fingerprint(job.spec.hardware.to_api(), job.spec.pod_template.to_api())
+    parts = (job.spec.hardware, job.spec.pod_template)
+    return results.fingerprint(*(part.model_dump(mode="json", exclude_defaults=True) for part in parts))
 
 
 def rests_at_its_plan(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -205,6 +228,9 @@ def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | No
             return None
         volume = job.status.model_copy(update={"work_volume": WorkVolume(claim_name=claim)})
         return _say(Job(job.metadata, job.spec, volume), seen, now, _underway(job, seen), after=NOW)
+    if job.status.work_volume is not None and is_done(job.status, TRAIN):
+        message = f"the work volume {claim} is gone, and the adapter with it; apply the job anew under another name"
+        return _fail(job, seen, now, "WorkVolumeLost", message)
     if job.spec.storage.claim_name is not None:
         message = f"spec.storage.claimName: there is no PersistentVolumeClaim {claim} in this namespace; create it"
         return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
@@ -246,9 +272,9 @@ def _start(job: Job, seen: Observed, now: datetime, *, only: Task | None = None)
         since = now - last[0].ended if last and last[0].ended else delay
         if since < delay:
             waits.append(delay - since)
-            retried.append(
-                f"{last[0].job} {(last[0].outcome or '').lower()}, {task.name} starts again after a back-off"
-            )
+            why = f": {last[0].message}" if last[0].message else ""
+            at = f"{now + delay - since:%H:%M:%S} UTC"
+            retried.append(f"{last[0].job} ended {last[0].outcome}{why}; {task.name} starts again at {at}")
         else:
             actions.append(Start(task, n))
     if any(_in_state(job, seen, Stopping)):

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from qlora_api.exchange import RESULT_OF, Inspection, MergeResult, PublishResult, TrainResult
-from qlora_api.v1alpha1 import Artifact, Attempt, EvaluationResult, JobStatus, Progress, Serving
+from qlora_api.v1alpha1 import Artifact, Attempt, EvaluationResult, JobStatus, Progress
 from qlora_operator.lifecycle.answers import Outcome, outcome
 from qlora_operator.lifecycle.observed import Active, Ended, Job, Observed
 from qlora_operator.lifecycle.tasks import Task, current
@@ -59,14 +59,7 @@ def _with_result(
             return _with_artifact(status, merged)
         case PublishResult():
             made = next(a for a in status.artifacts if a.name == task.artifact)
-            published = {
-                "state": "Published",
-                "uri": result.uri,
-                "digest": result.digest,
-                "bytes": result.bytes,
-                "serving": serving(made.name, result.uri),
-            }
-            return _with_artifact(status, made.model_copy(update=published))
+            return _with_artifact(status, made.model_copy(update={"state": "Published", "uri": result.uri}))
 
 
 def _trained(status: JobStatus, result: TrainResult) -> JobStatus:
@@ -91,32 +84,8 @@ def _trained(status: JobStatus, result: TrainResult) -> JobStatus:
 
 
 def _with_artifact(status: JobStatus, artifact: Artifact) -> JobStatus:
-    others = tuple(a for a in status.artifacts if a.name != artifact.name)
-    return status.model_copy(update={"artifacts": (*others, artifact)})
-
-
-def serving(artifact: str, uri: str) -> Serving | None:
-    """The lines that serve an artifact with vLLM and KServe (kserve.io, storage URIs of claims)."""
-    path = f"/mnt/models/{uri.partition('://')[2].partition('/')[2]}"
-    if artifact == "merged":
-        return Serving(vllm=f"vllm serve {path}", kserve=f"storageUri: {uri}")
-    return Serving(vllm=f"vllm serve BASE --enable-lora --lora-modules tuned={path}")
-
-
-def with_half_the_micro_batch(status: JobStatus) -> JobStatus:
-    """The plan with the next smaller micro-batch that divides the effective batch, and the change noted on the attempt
-    that ran out of memory."""
-    plan = status.plan
-    if plan is None:
-        raise ValueError("there is no plan to change")
-    effective = plan.recipe.effective_batch_size
-    size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if effective % n == 0)
-    change = (
-        f"micro-batch {plan.micro_batch_size} → {size}, accumulation {plan.gradient_accumulation} → {effective // size}"
-    )
-    last = status.attempts[-1].model_copy(update={"change": change})
-    smaller = plan.model_copy(update={"micro_batch_size": size, "gradient_accumulation": effective // size})
-    return status.model_copy(update={"plan": smaller, "attempts": (*status.attempts[:-1], last)})
+    artifacts = {a.name: a for a in status.artifacts} | {artifact.name: artifact}
+    return status.model_copy(update={"artifacts": tuple(artifacts.values())})
 
 
 def with_live_attempts(job: Job, seen: Observed) -> JobStatus:

@@ -7,16 +7,17 @@ from typing import Any
 
 from qlora_api.exchange import CLAIMS_MOUNT, ORDER_PATH, WORK_MOUNT, ExitCode, Stage, claim_of
 from qlora_api.v1alpha1 import Plan
-from qlora_operator.lifecycle.observed import Job
+from qlora_operator.lifecycle.observed import CONTAINER, Job
 from qlora_operator.lifecycle.policies import work_claim
 from qlora_operator.lifecycle.tasks import Task
 from qlora_operator.manifests.names import child_metadata, labels
+from qlora_operator.placement.choice import with_headroom
 from qlora_operator.placement.flavours import MEMORY, MIB, PRODUCT, RESOURCE
 from qlora_operator.planner import CPU, GPU_TOLERATION
 from qlora_operator.settings import Settings
 
-CONTAINER = "stage"
 USER = 65532
+SCRATCH_LIMIT = "4Gi"
 SCRATCH_MOUNT = "/tmp"
 
 #: A pod lost to a disruption is replaced by the Job controller; every other end is an attempt's end, and the
@@ -107,7 +108,7 @@ def _pod(job: Job, task: Task, order: str, settings: Settings) -> dict[str, Any]
                 "env": [{"name": key, "value": value} for key, value in sorted(settings.stage_env.items())],
                 "resources": _resources(job, task, settings, on_gpu=on_gpu),
                 "securityContext": CONTAINER_SECURITY,
-                "terminationMessagePolicy": "FallbackToLogsOnError",
+                "terminationMessagePolicy": "File",  # logs may hold data, and the status has other readers
                 "volumeMounts": [mount for _, mount in mounts],
             }
         ],
@@ -136,7 +137,7 @@ def _affinity(plan: Plan | None) -> dict[str, Any] | None:
     """The planned flavour, by its labels; never a node's name."""
     if plan is None:
         return None
-    needed = plan.memory.total_bytes * (100 + plan.memory.headroom_percent) // 100
+    needed = with_headroom(plan.memory.total_bytes, plan.memory.headroom_percent)
     expressions = [
         {"key": PRODUCT, "operator": "In", "values": [plan.flavour]},
         {"key": MEMORY, "operator": "Gt", "values": [str(-(-needed // MIB) - 1)]},
@@ -153,7 +154,10 @@ def _mounts(job: Job, task: Task) -> list[Mount]:
     order_dir = str(PurePosixPath(ORDER_PATH).parent)
     mounts: list[Mount] = [
         ({"name": "order"}, {"name": "order", "mountPath": order_dir, "readOnly": True}),
-        ({"name": "scratch", "emptyDir": {}}, {"name": "scratch", "mountPath": SCRATCH_MOUNT}),
+        (
+            {"name": "scratch", "emptyDir": {"sizeLimit": SCRATCH_LIMIT}},
+            {"name": "scratch", "mountPath": SCRATCH_MOUNT},
+        ),
         (_work_volume(job, task), {"name": "work", "mountPath": WORK_MOUNT}),
     ]
     writes = claim_of(job.spec.output.uri)[0] if task.stage is Stage.PUBLISH else None
@@ -169,7 +173,7 @@ def _mounts(job: Job, task: Task) -> list[Mount]:
 def _work_volume(job: Job, task: Task) -> dict[str, Any]:
     """Inspect gets scratch only: the volume is claimed once its size is known, and train is its first consumer."""
     if task.stage is Stage.INSPECT:
-        return {"name": "work", "emptyDir": {}}
+        return {"name": "work", "emptyDir": {"sizeLimit": SCRATCH_LIMIT}}
     return {"name": "work", "persistentVolumeClaim": {"claimName": work_claim(job)}}
 
 

@@ -48,19 +48,25 @@ def micro_batches(recipe: Recipe, wanted: int | None) -> list[int]:
 
 
 def largest_fitting(
-    shape: ModelShape, recipe: Recipe, sizes: Sequence[int], *, gpu_bytes: int, headroom_percent: int
+    shape: ModelShape,
+    recipe: Recipe,
+    sizes: Sequence[int],
+    *,
+    device_bytes: int,
+    headroom_percent: int,
+    gpu: bool = True,
 ) -> tuple[int, Memory] | None:
-    """The first of `sizes` (sequences per micro-batch) whose memory and headroom fit `gpu_bytes`, or None."""
+    """The first of `sizes` (sequences per micro-batch) whose memory and headroom fit `device_bytes`, or None."""
     for size in sizes:
-        memory = training_memory(shape, recipe, micro_batch_size=size)
-        if with_headroom(memory, headroom_percent) <= gpu_bytes:
+        memory = training_memory(shape, recipe, micro_batch_size=size, gpu=gpu)
+        if with_headroom(memory.total_bytes, headroom_percent) <= device_bytes:
             return size, memory
     return None
 
 
-def with_headroom(memory: Memory, headroom_percent: int) -> int:
-    """Bytes that a GPU must have for `memory`."""
-    return memory.total_bytes * (100 + headroom_percent) // 100
+def with_headroom(memory_bytes: int, headroom_percent: int) -> int:
+    """Bytes that a device must have for a training that takes `memory_bytes`."""
+    return memory_bytes * (100 + headroom_percent) // 100
 
 
 def choose(
@@ -88,7 +94,7 @@ def choose(
                     shape,
                     recipe,
                     micro_batches(recipe, micro_batch_size),
-                    gpu_bytes=flavour.memory_bytes,
+                    device_bytes=flavour.memory_bytes,
                     headroom_percent=headroom_percent,
                 )
             )
@@ -115,7 +121,7 @@ def choose(
 def _too_small(shape: ModelShape, recipe: Recipe, flavour: Flavour, wanted: int | None, headroom_percent: int) -> str:
     smallest = micro_batches(recipe, wanted)[-1]
     memory = training_memory(shape, recipe, micro_batch_size=smallest)
-    need = with_headroom(memory, headroom_percent) / GIB
+    need = with_headroom(memory.total_bytes, headroom_percent) / GIB
     return (
         f"has {flavour.memory_bytes / GIB:.1f} GiB, {recipe.method} at micro-batch {smallest} × {recipe.max_length} "
         f"tokens needs {need:.1f} GiB with {headroom_percent} % headroom"

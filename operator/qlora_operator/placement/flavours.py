@@ -18,16 +18,10 @@ SHARING = "nvidia.com/gpu.sharing-strategy"
 
 @dataclass(frozen=True)
 class Flavour:
-    """GPUs that are alike, and the nodes that have them."""
+    """GPUs that are alike."""
 
     product: str
     memory_bytes: int
-    gpus_per_node: int
-    nodes: int
-
-    @property
-    def memory_mib(self) -> int:
-        return self.memory_bytes // MIB
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ def flavours(nodes: Iterable[Mapping[str, Any]], demands: Demands) -> tuple[list
     A flavour is refused only if none of its nodes will do; the reason is then the one of its first node. Judged by
     what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler queues.
     """
-    usable: dict[tuple[str, int], list[int]] = {}
+    usable: set[tuple[str, int]] = set()
     refused: dict[str, str] = {}
     for node in nodes:
         count = int(node.get("status", {}).get("allocatable", {}).get(RESOURCE, 0))
@@ -64,17 +58,14 @@ def flavours(nodes: Iterable[Mapping[str, Any]], demands: Demands) -> tuple[list
         if reason := _unfit(node, count, demands):
             refused.setdefault(product, reason)
         else:
-            usable.setdefault((product, int(labels[MEMORY])), []).append(count)
-    found = [
-        Flavour(product=product, memory_bytes=mib * MIB, gpus_per_node=max(counts), nodes=len(counts))
-        for (product, mib), counts in sorted(usable.items())
-    ]
+            usable.add((product, int(labels[MEMORY])))
+    found = [Flavour(product=product, memory_bytes=mib * MIB) for product, mib in sorted(usable)]
     names = {flavour.product for flavour in found}
     return found, [Refused(product, reason) for product, reason in sorted(refused.items()) if product not in names]
 
 
 def _unfit(node: Mapping[str, Any], count: int, demands: Demands) -> str | None:
-    """Why the job cannot use this node, or None."""
+    """Why the job cannot use this node's GPUs, or None."""
     labels = node["metadata"].get("labels", {})
     name = node["metadata"]["name"]
     if PRODUCT not in labels:
@@ -87,6 +78,13 @@ def _unfit(node: Mapping[str, Any], count: int, demands: Demands) -> str | None:
         return f"its GPUs are shared ({sharing}): another tenant may take the memory that was planned"
     if not count:
         return f"node {name} has no {RESOURCE} to allocate"
+    return closed(node, demands)
+
+
+def closed(node: Mapping[str, Any], demands: Demands) -> str | None:
+    """Why no pod of the job may run on this node, or None."""
+    labels = node["metadata"].get("labels", {})
+    name = node["metadata"]["name"]
     if not _is_ready(node):
         return f"node {name} is not ready"
     if wanted := {k: v for k, v in (demands.node_selector or {}).items() if labels.get(k) != v}:
