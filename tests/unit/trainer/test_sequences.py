@@ -152,3 +152,10 @@ def test_every_epoch_sees_every_sequence_once_wherever_it_is_resumed(
         seen = [number for batch in dealt[epoch * per_epoch : (epoch + 1) * per_epoch] for number in batch]
         assert sorted(seen) == list(range(count))
     assert list(batches(count, batch_size, seed, start=min(start, stop), stop=stop)) == dealt[min(start, stop) :]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    first, second = batches(50, 50, 3, start=0, stop=2)
+    (other,) = batches(50, 50, 4, start=0, stop=1)
+    assert first != second
+    assert first != other

@@ -16,7 +16,7 @@ from qlora_trainer.failures import BadInput, Diverged, EnvironmentUnfit, Interru
 from qlora_trainer.inspection import inspect
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.model import open_base
-from qlora_trainer.optimization import learning_rate, total_steps
+from qlora_trainer.optimization import learning_rate
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.sequences import Sequence, collate
 from qlora_trainer.training import train, with_adapter
@@ -58,7 +58,7 @@ def test_it_learns_and_says_what_it_reached(place: Place) -> None:
     rows = inspect(place.inspect_order(data, max_length=128), place.pod).sequences
     result = train(order, place.pod)
     history = losses(place)
-    assert result.steps == len(history) == total_steps(order.recipe, rows) == 20 * -(-rows // 4)
+    assert result.steps == len(history) == order.recipe.steps(rows) == 20 * -(-rows // 4)
     assert result.epochs == 20
     assert history[-1] < history[0] / 3
     assert result.train_loss < 1.5
