@@ -83,8 +83,8 @@ class LinearModule(Document):
     """One kind of linear layer, as often as it occurs: what NF4 quantises and LoRA attaches to."""
 
     name: str = Field(description="Last part of the module's name, for example q_proj.")
-    in_features: int = Field(ge=1)
-    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1, description="Width of its input.")
+    out_features: int = Field(ge=1, description="Width of its output.")
     count: int = Field(ge=1, description="How many of them the model has.")
 
 
@@ -92,27 +92,27 @@ class ModelShape(Document):
     """What the memory of a training depends on, read from config.json and the weights' headers."""
 
     parameters: int = Field(ge=1, description="All weights, tied ones once.")
-    hidden_size: int = Field(ge=1)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-    tied_embeddings: bool
+    hidden_size: int = Field(ge=1, description="Width of the residual stream.")
+    layers: int = Field(ge=1, description="Transformer blocks.")
+    heads: int = Field(ge=1, description="Attention heads.")
+    kv_heads: int = Field(ge=1, description="Heads of keys and values.")
+    head_dim: int = Field(ge=1, description="Width of one head.")
+    intermediate_size: int = Field(ge=1, description="Width of the MLP.")
+    vocab_size: int = Field(ge=1, description="Rows of the embedding.")
+    tied_embeddings: bool = Field(description="Whether the output head is the embedding.")
     max_position: int = Field(ge=1, description="Longest sequence the model was built for, in tokens.")
     dtype: str = Field(description="Type of the stored weights.")
-    bytes_on_disk: int = Field(ge=0)
+    bytes_on_disk: int = Field(ge=0, description="Bytes of the weights' files.")
     linear: list[LinearModule] = Field(description="Linear layers of the blocks; the output head is not among them.")
 
 
 class TokenCounts(Document):
     """Lengths of the training examples in tokens, chat template included, before truncation."""
 
-    p50: int = Field(ge=0)
-    p95: int = Field(ge=0)
-    max: int = Field(ge=0)
-    total: int = Field(ge=0)
+    p50: int = Field(ge=0, description="Half of the examples are at most so long.")
+    p95: int = Field(ge=0, description="95 % of the examples are at most so long.")
+    max: int = Field(ge=0, description="The longest example.")
+    total: int = Field(ge=0, description="All examples together.")
 
 
 class Inspection(Document):
@@ -121,11 +121,11 @@ class Inspection(Document):
     architecture: str = Field(description="Class of the model, for example LlamaForCausalLM.")
     model_digest: str = Field(description="Over config, tokenizer files and the weights' headers and sizes.")
     data_digest: str = Field(description="Over every data file's bytes, in the order of the spec.")
-    shape: ModelShape
+    shape: ModelShape = Field(description="The model's shape.")
     examples: int = Field(ge=0, description="Training examples left after removing duplicates and the eval split.")
-    eval_examples: int = Field(default=0, ge=0)
-    golden_examples: int = Field(default=0, ge=0)
-    tokens: TokenCounts
+    eval_examples: int = Field(default=0, ge=0, description="Examples held out for the evaluation loss.")
+    golden_examples: int = Field(default=0, ge=0, description="Examples of the golden set.")
+    tokens: TokenCounts = Field(description="Tokens per training example.")
     max_length: int = Field(ge=1, description="The sequence length decided on, in tokens.")
     sequences: int = Field(ge=1, description="Training sequences per epoch at that length, after packing.")
     loss: Literal["assistant", "completion", "all"] = Field(description="Which tokens carry loss.")
@@ -138,31 +138,33 @@ class Inspection(Document):
 class Recipe(Document):
     """Everything that decides what is learned, resolved: what the spec leaves open is decided here."""
 
-    method: Literal["qlora", "lora"]
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    double_quant: bool = True
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    rank: int = Field(ge=1)
-    alpha: int = Field(ge=1)
-    dropout: float = Field(ge=0, lt=1)
-    target_modules: list[str]
-    rslora: bool = False
-    max_length: int = Field(ge=1)
-    packing: bool
-    loss: Literal["assistant", "completion", "all"]
-    epochs: float | None = None
-    max_steps: int | None = None
-    learning_rate: float = Field(gt=0)
-    min_learning_rate: float = Field(default=0, ge=0)
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup_fraction: float = Field(ge=0, le=1)
+    method: Literal["qlora", "lora"] = Field(description="Whether the frozen base is in 4 bits.")
+    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit type of the base, under qlora.")
+    double_quant: bool = Field(default=True, description="Whether scale factors are quantised too, under qlora.")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Type of the matrix products."
+    )
+    rank: int = Field(ge=1, description="Rank of the adapter.")
+    alpha: int = Field(ge=1, description="Scale of the adapter: its product is scaled by alpha/rank.")
+    dropout: float = Field(ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: list[str] = Field(description="Linear layers that get an adapter.")
+    rslora: bool = Field(default=False, description="Whether the scale is alpha/√rank instead.")
+    max_length: int = Field(ge=1, description="Tokens per sequence.")
+    packing: bool = Field(description="Whether a sequence holds several examples.")
+    loss: Literal["assistant", "completion", "all"] = Field(description="Which tokens are learned.")
+    epochs: float | None = Field(default=None, description="Passes over the data.")
+    max_steps: int | None = Field(default=None, description="Optimizer steps, instead of epochs.")
+    learning_rate: float = Field(gt=0, description="Highest learning rate.")
+    min_learning_rate: float = Field(default=0, ge=0, description="Learning rate at the end.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(description="How the learning rate falls.")
+    warmup_fraction: float = Field(ge=0, le=1, description="Share of the steps over which it rises.")
     effective_batch_size: int = Field(ge=1, description="Sequences per optimizer step, over all GPUs.")
-    optimizer: str
-    seed: int
-    gradient_checkpointing: bool
-    attention: str
-    max_grad_norm: float = Field(gt=0)
-    evals_per_epoch: int = Field(default=4, ge=0)
+    optimizer: str = Field(description="The optimizer, by transformers' name.")
+    seed: int = Field(description="Seed of the order of examples, the dropout and the adapter's start.")
+    gradient_checkpointing: bool = Field(description="Whether activations are recomputed.")
+    attention: str = Field(description="The attention kernel.")
+    max_grad_norm: float = Field(gt=0, description="Norm that gradients are clipped to.")
+    evals_per_epoch: int = Field(default=4, ge=0, description="Evaluations of the held-out loss per epoch.")
 
     def steps_per_epoch(self, sequences: int) -> int:
         """Optimizer steps that see each of `sequences` once; the last batch may be short."""
@@ -180,10 +182,10 @@ class Recipe(Document):
 class Score(Document):
     """A metric on the golden set, before and after tuning."""
 
-    metric: str
-    base: float
-    tuned: float
-    examples: int = Field(ge=1)
+    metric: str = Field(description="The metric, for example exactMatch.")
+    base: float = Field(description="The base model's score.")
+    tuned: float = Field(description="The tuned model's score.")
+    examples: int = Field(ge=1, description="Examples that it was measured on.")
 
 
 # --- orders ---
