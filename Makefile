@@ -34,7 +34,7 @@ cluster: $(VENV)/.ready ## Tests of the parts against the real cluster
 	$(PYTHON) -m pytest -m "cluster and not soak"
 
 e2e: $(VENV)/.ready ## Tests of the installed product on the real cluster
-	$(PYTHON) -m pytest -m "e2e and not soak"
+	$(PYTHON) -m pytest -m "not soak" tests/e2e
 
 soak: $(VENV)/.ready ## What takes too long for `make test`
 	$(PYTHON) -m pytest -m soak

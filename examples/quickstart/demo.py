@@ -62,7 +62,7 @@ def run(cluster: Cluster, built: Images) -> int:
     console.print("[bold]1. install the chart[/]")
     install(cluster, built, {"stageEnv": {"OMP_NUM_THREADS": "1"}})
     cluster.create_namespace(NAMESPACE)
-    cluster.delete("qlorajob", "quickstart", NAMESPACE)
+    cluster.delete("qlorajobs.qlora.dev", "quickstart", NAMESPACE)
     console.print("[bold]2. put base model and data on a claim[/]")
     fill_claim(cluster, NAMESPACE, built.trainer)
     with shell(cluster, NAMESPACE, built.trainer) as pod:
@@ -71,7 +71,7 @@ def run(cluster: Cluster, built: Images) -> int:
     cluster.kubectl("apply", "--filename", str(JOB), namespace=NAMESPACE)
     job = follow(cluster, NAMESPACE, "quickstart", timeout=TIMEOUT_SECONDS)
     console.print("[bold]4. the status[/]")
-    console.print(cluster.kubectl("get", "qlorajob", "quickstart", "--output=wide", namespace=NAMESPACE), markup=False)
+    console.print(cluster.kubectl("get", "qlorajobs.qlora.dev", "quickstart", "--output=wide", namespace=NAMESPACE), markup=False)
     console.print(yaml.safe_dump(summary(job["status"]), sort_keys=False, allow_unicode=True, width=120), markup=False)
     if job["status"]["phase"] != "Succeeded":
         return 1

@@ -26,7 +26,7 @@ def follow(cluster: Cluster, namespace: str, name: str, *, timeout: float) -> di
     followed: set[str] = set()
     readers: list[threading.Thread] = []
     while True:
-        job = cluster.get("qlorajob", name, namespace)
+        job = cluster.get("qlorajobs.qlora.dev", name, namespace)
         status = job.get("status", {})
         now = (status.get("phase", "Pending"), status.get("message", ""))
         if now != said:

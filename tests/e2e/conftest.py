@@ -34,10 +34,10 @@ class Product:
         return job["metadata"]["name"]
 
     def job(self, name: str) -> Manifest:
-        return self.cluster.get("qlorajob", name, self.namespace)
+        return self.cluster.get("qlorajobs.qlora.dev", name, self.namespace)
 
     def edit(self, name: str, spec: Manifest) -> None:
-        self.cluster.patch("qlorajob", name, {"spec": spec}, self.namespace)
+        self.cluster.patch("qlorajobs.qlora.dev", name, {"spec": spec}, self.namespace)
 
     def pods(self, name: str, stage: str | None = None) -> list[Manifest]:
         selector = f"qlora.dev/job={name}" + (f",qlora.dev/stage={stage}" if stage else "")

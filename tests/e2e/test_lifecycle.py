@@ -55,7 +55,7 @@ def test_plan_review_go_then_suspend_and_resume(product: Product) -> None:
         "the work volume is gone", lambda: cluster.find("persistentvolumeclaim", f"{name}-work", namespace), _is_none
     )
 
-    cluster.delete("qlorajob", name, namespace)
+    cluster.delete("qlorajobs.qlora.dev", name, namespace)
     cluster.wait(
         "its children are gone", lambda: cluster.list("job,configmap", namespace, f"qlora.dev/job={name}"), _is_empty
     )
@@ -101,7 +101,7 @@ def test_a_job_is_placed_on_the_product_that_it_asks_for(product: Product) -> No
         )
         assert train["spec"]["nodeName"] == "place-h100-0"
     finally:
-        cluster.delete("qlorajob", "placed", product.namespace)
+        cluster.delete("qlorajobs.qlora.dev", "placed", product.namespace)
         kwok.delete_nodes(cluster, nodes)
 
 

@@ -80,7 +80,7 @@ def run(product: Product) -> Iterator[Run]:
         fake += kwok.create_nodes(cluster, prefix, 1, gpus.labels(flavour, 8), {gpus.RESOURCE: "8"}, taints=[GPU_TAINT])
     query = f"watch=true&fieldSelector=metadata.name%3D{NAME}"
     watch = Watch(cluster, f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs?{query}")
-    product.apply(quickstart(NAME, hardware={"accelerator": "nvidia"}))
+    product.apply(quickstart(NAME, hardware={"accelerator": "nvidia"}, storage={"retain": "Keep"}))
     cluster.wait(
         "the training makes steps",
         lambda: product.logs(NAME, "train"),

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from qlora_api.exchange import Stage
 from qlora_api.support import unsupported
-from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, WorkVolume
+from qlora_api.v1alpha1 import Attempt, JobStatus, Phase, Plan, Progress, WorkVolume
 from qlora_operator import planner
 from qlora_operator.lifecycle import results
 from qlora_operator.lifecycle.answers import Again, AgainWithHalfTheMicroBatch, GiveUp, Outcome, answer
@@ -74,6 +74,9 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
     status = job.status.model_copy(update={"attempts": tuple(a for a in job.status.attempts if a.outcome)})
     volume = status.work_volume
     if volume and volume.retained and not _is_kept(job):
+        # a claim stays in use for as long as a pod that mounted it exists, be it finished
+        mounted = [a for a in status.attempts if a.stage != Stage.INSPECT]
+        actions += [Stop(task, a.n) for a in mounted for task in tasks(job.spec) if _is_of(a, task)]
         actions.append(DeleteWorkVolume())
         left = tuple(artifact for artifact in status.artifacts if artifact.state == "Published")
         gone = volume.model_copy(update={"retained": False})
@@ -81,6 +84,10 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
     if status.observed_generation != job.metadata.generation:  # suspend may still be edited, to no effect
         status = status.model_copy(update={"observed_generation": job.metadata.generation})
     return Step(status, tuple(actions))
+
+
+def _is_of(attempt: Attempt, task: Task) -> bool:
+    return (attempt.stage, attempt.artifact) == (task.stage, task.artifact)
 
 
 def _is_kept(job: Job) -> bool:
