@@ -95,7 +95,7 @@ ANSWERS: list[Any] = [
     ),
     pytest.param(failed("OutOfMemory", "Crashed"), RETRY, 8, seconds(10), id="nor does out of memory"),
     pytest.param(
-        failed("OutOfMemory"), RETRY, 8, AgainWithHalfTheMicroBatch(timedelta()), id="out of memory: half the micro-batch"
+        failed("OutOfMemory"), RETRY, 8, AgainWithHalfTheMicroBatch(timedelta()), id="out of memory: half"
     ),
     pytest.param(failed("OutOfMemory"), RETRY, 2, AgainWithHalfTheMicroBatch(timedelta()), id="down to 1"),
     pytest.param(failed("OutOfMemory"), RETRY, 1, "OutOfMemory", id="at 1 there is no half"),
@@ -122,8 +122,12 @@ def test_what_follows(
 MESSAGES = [
     (failed("BadInput", message="line 812: role"), 8, ["support-bot-train-1 refused its input", "line 812: role"]),
     (failed("OutOfMemory"), 1, ["ran out of GPU memory", "use a larger GPU or a shorter maxLength"]),
-    (failed(*["Crashed"] * 4, message="boom"), 8, ["support-bot-train-4 crashed: boom", "restarted 3 times", "spec.retry.maxRestarts"]),
-]  # fmt: skip
+    (
+        failed(*["Crashed"] * 4, message="boom"),
+        8,
+        ["support-bot-train-4 crashed: boom", "restarted 3 times", "spec.retry.maxRestarts"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("attempts", "micro_batch_size", "parts"), MESSAGES)

@@ -1,0 +1,424 @@
+"""The decisions, case by case: what is done, what the user reads, and what a program can wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from qlora_api.v1alpha1 import JobStatus, Phase, WorkVolume
+from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Seen, Stopping
+from qlora_operator.lifecycle.policies import POLICIES, call_refused, needs_nodes, next_step
+from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Step, Stop
+from qlora_operator.lifecycle.tasks import tasks
+from tests.unit.operator import given
+from tests.unit.operator.given import BOTH, INSPECT, MERGE, NOW, PUBLISH_ADAPTER, PUBLISH_MERGED, TRAIN
+from tests.unit.operator.kstatus import kstatus
+
+RUNNING = Active(node="node-1", started=NOW)
+UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes have enough nvidia.com/gpu")
+NODES = [given.gpu_node("node-1", *given.L40S)]
+#: With these two nodes the plan that `given` records is not the one that would be made now.
+SMALL = [given.gpu_node("node-9", "Tesla-T4", 15360)]
+
+FULL: dict[str, Any] = {"output.formats": BOTH}
+SUSPENDED: dict[str, Any] = {"suspend": True}
+OWN_CLAIM: dict[str, Any] = {"storage.claimName": "scratch"}
+EDITED: dict[str, Any] = {"suspend": True, "hardware": {"gpuProducts": ["Tesla-T4"]}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job as recorded, what the cluster has of it, and what must follow."""
+
+    name: str
+    job: Job
+    actions: Sequence[Action]
+    phase: str
+    reason: str
+    kstatus: str = "InProgress"
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    says: str = ""
+    after: float | None = None
+    attempts: Mapping[str, Seen] = field(default_factory=dict)
+    claim: bool = True
+    nodes: Sequence[Any] | None = None
+
+
+def job(edits: Mapping[str, Any] | None = None, *done: Any, **changes: Any) -> Job:
+    return given.history(given.job(edits), *done, **changes)
+
+
+def over(phase: Phase, edits: Mapping[str, Any] | None = None, *done: Any, **changes: Any) -> Job:
+    """A job that has succeeded or failed, as recorded at that time."""
+    status = given.JobStatus(observed_generation=1, phase=phase)
+    return given.history(given.job(edits, status), *done, **changes)
+
+
+def planned_otherwise(of: Job) -> Job:
+    """`of`, whose plan was made for a spec as it stood before an edit."""
+    assert of.status.plan is not None
+    plan = of.status.plan.model_copy(update={"planned_for": "sha256:as it was before"})
+    return Job(of.metadata, of.spec, of.status.model_copy(update={"plan": plan}))
+
+
+FAILED_MERGE = [
+    given.attempt(INSPECT, 1, "Succeeded"),
+    given.attempt(TRAIN, 1, "Succeeded"),
+    given.attempt(MERGE, 1, "BadInput", message="no config.json"),
+]
+CRASHED_ONCE = [given.attempt(TRAIN, 1, "Crashed", ended=NOW - timedelta(seconds=4), message="boom")]
+
+# fmt: off
+CASES = [
+    # --- inspection ---
+    Case("a new job is inspected", job(), [Start(INSPECT, 1)], "Inspecting", "Starting",
+         conditions={"Inspected": "Unknown", "Planned": "Unknown", "Ready": "False", "Reconciling": "True"}),
+    Case("and not again while that runs", job(), [], "Inspecting", "Running", attempts={"inspect-1": RUNNING},
+         says="inspect is running"),
+    Case("what its pod waits for is said", job(), [], "Inspecting", "Waiting", says="ErrImagePull",
+         attempts={"inspect-1": Active(waiting="ErrImagePull: no such image")}),
+    Case("suspended from birth: inspected all the same", job(SUSPENDED), [Start(INSPECT, 1)], "Inspecting", "Starting"),
+    Case("what this version does not do is refused at once", job({"queue": {"name": "gpus"}}), [], "Failed",
+         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.queue", after=0),
+    Case("inspection found: recorded", job(), [], "Training", "Starting", attempts={"inspect-1": given.succeeded(INSPECT)},
+         conditions={"Inspected": "True"}, after=0),
+    Case("bad data: recorded first", job(), [], "Inspecting", "Starting", after=0,
+         attempts={"inspect-1": given.exited(10, INSPECT, says="line 3: no role")}),
+    Case("bad data: the job fails and says where",
+         job(before=[given.attempt(INSPECT, 1, "BadInput", message="line 3: no role")]), [], "Failed", "BadInput",
+         kstatus="Failed", says="line 3: no role", after=0,
+         conditions={"Failed": "True", "Inspected": "False", "Planned": "Unknown"}),
+    Case("an inspection that crashed starts again after its back-off",
+         job(before=[given.attempt(INSPECT, 1, "Crashed", ended=NOW - timedelta(seconds=10))]),
+         [Start(INSPECT, 2)], "Inspecting", "Starting"),
+
+    # --- the plan ---
+    Case("planned", job(None, INSPECT, planned=False), [], "Planning", "Planned", nodes=NODES, after=0,
+         conditions={"Inspected": "True", "Planned": "True"}, says="1 × NVIDIA-L40S"),
+    Case("no GPU fits: it waits for one", job({"hardware.gpuProducts": ["H900"]}, INSPECT, planned=False), [], "Planning",
+         "NoFlavourFits", nodes=NODES, after=60, conditions={"Planned": "False"}, says="NVIDIA-L40S: not among"),
+    Case("no nodes at all", job(None, INSPECT, planned=False), [], "Planning", "NoFlavourFits", nodes=[], after=60,
+         says="no node with GPUs"),
+    Case("the spec is at fault: no node could help",
+         job({"lora.targetModules": ["w1"]}, INSPECT, planned=False), [], "Failed", "UnknownTargetModules", nodes=NODES,
+         kstatus="Failed", conditions={"Planned": "False", "Inspected": "True"}, says="no linear layer w1", after=0),
+    Case("planOnly rests at the plan, for which GitOps may wait", job({"planOnly": True}, INSPECT, volume=False), [],
+         "Planned", "PlanReady", kstatus="Current", conditions={"Ready": "True", "Planned": "True", "Complete": ""}),
+    Case("also where suspended", job({"planOnly": True, "suspend": True}, INSPECT, volume=False), [], "Planned",
+         "PlanReady", kstatus="Current"),
+    Case("released: it goes on to its work volume", job(None, INSPECT, volume=False), [CreateWorkVolume()], "Scheduling",
+         "Claiming", claim=False, after=0),
+
+    # --- the work volume ---
+    Case("the claim is there: recorded", job(None, INSPECT, volume=False), [], "Training", "Starting", after=0),
+    Case("the user's claim is missing: never made for them", job(OWN_CLAIM, INSPECT, volume=False), [], "Scheduling",
+         "ClaimMissing", claim=False, after=60, says="no PersistentVolumeClaim scratch"),
+    Case("the claim went before anything was trained: claimed again", job(None, INSPECT), [CreateWorkVolume()],
+         "Scheduling", "Claiming", claim=False, after=0),
+    Case("the claim went with the adapter on it", job(FULL, INSPECT, TRAIN), [], "Failed", "WorkVolumeLost", claim=False,
+         kstatus="Failed", says="support-bot-work is gone", after=0),
+
+    # --- training ---
+    Case("training starts", job(None, INSPECT), [Start(TRAIN, 1)], "Training", "Starting"),
+    Case("it waits for a GPU", job(None, INSPECT), [], "Scheduling", "Waiting", attempts={"train-1": UNSCHEDULED},
+         conditions={"Scheduled": "False"}, says="0/3 nodes"),
+    Case("it runs", job(None, INSPECT), [], "Training", "Running", attempts={"train-1": RUNNING},
+         conditions={"Scheduled": "True", "Trained": "Unknown"}),
+    Case("its Job was deleted by someone: started again under its name", job(None, INSPECT), [Start(TRAIN, 1)],
+         "Training", "Starting", attempts={"train-1": Absent()}),
+    Case("while the old one is stopping nothing starts", job(None, INSPECT), [], "Training", "Starting",
+         attempts={"train-1": Stopping()}, after=2),
+    Case("it crashed: recorded", job(None, INSPECT), [], "Training", "Starting", attempts={"train-1": given.exited(1)},
+         after=0),
+    Case("it waits out its back-off", job(None, INSPECT, before=CRASHED_ONCE), [], "Training", "BackOff", after=6,
+         says="support-bot-train-1 ended Crashed: boom; train starts again at 12:00:06 UTC"),
+    Case("and starts again under the next name", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "Crashed",
+         ended=NOW - timedelta(seconds=10))]), [Start(TRAIN, 2)], "Training", "Starting"),
+    Case("out of memory at micro-batch 8: again with 4", job(None, INSPECT), [], "Training", "Starting", after=0,
+         attempts={"train-1": given.exited(13)}),
+    Case("out of memory, onOutOfMemory: fail", job({"retry.onOutOfMemory": "fail"}, INSPECT,
+         before=[given.attempt(TRAIN, 1, "OutOfMemory")]), [], "Failed", "OutOfMemory", kstatus="Failed", after=0,
+         conditions={"Trained": "False"}),
+    Case("too many crashes", job({"retry.maxRestarts": 0}, INSPECT, before=CRASHED_ONCE), [], "Failed",
+         "TooManyRestarts", kstatus="Failed", conditions={"Trained": "False", "Failed": "True"}, after=0),
+    Case("trained: recorded", job(None, INSPECT), [], "Publishing", "Starting", after=0,
+         attempts={"train-1": given.succeeded(TRAIN)}, conditions={"Trained": "True", "Scheduled": "True"}),
+
+    # --- merge and publish, side by side ---
+    Case("the adapter is published while the merge runs", job(FULL, INSPECT, TRAIN),
+         [Start(MERGE, 1), Start(PUBLISH_ADAPTER, 1)], "Merging", "Starting"),
+    Case("one runs, the other is started", job(FULL, INSPECT, TRAIN), [Start(PUBLISH_ADAPTER, 1)], "Merging", "Running",
+         attempts={"merge-1": RUNNING}),
+    Case("both end in one look: both recorded", job(FULL, INSPECT, TRAIN), [], "Publishing", "Starting", after=0,
+         attempts={"merge-1": given.succeeded(MERGE), "publish-adapter-1": given.succeeded(PUBLISH_ADAPTER)}),
+    Case("one ended, the other still runs", job(FULL, INSPECT, TRAIN), [], "Merging", "Running", after=0,
+         attempts={"merge-1": RUNNING, "publish-adapter-1": given.succeeded(PUBLISH_ADAPTER)}),
+    Case("the merged model is published", job(FULL, INSPECT, TRAIN, MERGE, PUBLISH_ADAPTER), [Start(PUBLISH_MERGED, 1)],
+         "Publishing", "Starting"),
+    Case("a merge in back-off does not hold up the adapter",
+         job(FULL, INSPECT, TRAIN, before=[given.attempt(MERGE, 1, "Crashed")]), [Start(PUBLISH_ADAPTER, 1)], "Merging",
+         "Starting", after=10),
+    Case("one given up: the job fails", given.history(given.job(FULL), before=FAILED_MERGE,
+         inspection=given.inspection(), plan=given.plan(given.job(FULL)), work_volume=WorkVolume(claim_name="w")), [],
+         "Failed", "BadInput", kstatus="Failed", attempts={"publish-adapter-1": RUNNING}, after=0, says="no config.json",
+         conditions={"Published": "False", "Trained": "True", "Failed": "True"}),
+
+    # --- the end ---
+    Case("all published", job(FULL, INSPECT, TRAIN, MERGE, PUBLISH_ADAPTER, PUBLISH_MERGED), [], "Succeeded",
+         "Published", kstatus="Current", conditions={"Complete": "True", "Published": "True", "Ready": "True"},
+         says="merged at pvc://results/tuned/merged", after=0),
+    Case("a suspended job that is done is done", job(SUSPENDED, INSPECT, TRAIN, PUBLISH_ADAPTER), [], "Succeeded",
+         "Published", kstatus="Current", after=0),
+
+    # --- suspension ---
+    Case("suspended from birth: it rests with its plan", job(SUSPENDED, INSPECT, volume=False), [], "Suspended",
+         "Suspended", claim=False, conditions={"Suspended": "True", "Ready": "False", "Reconciling": "False"}),
+    Case("training is stopped", job(SUSPENDED, INSPECT), [Stop(TRAIN, 1)], "Suspended", "Suspending",
+         attempts={"train-1": RUNNING}, conditions={"Suspended": "", "Reconciling": "True"}, after=2),
+    Case("also one that waits for a GPU", job(SUSPENDED, INSPECT), [Stop(TRAIN, 1)], "Suspended", "Suspending",
+         attempts={"train-1": UNSCHEDULED}, after=2),
+    Case("merge and publish are stopped too", job(FULL | SUSPENDED, INSPECT, TRAIN), [Stop(MERGE, 1),
+         Stop(PUBLISH_ADAPTER, 1)], "Suspended", "Suspending", attempts={"merge-1": RUNNING, "publish-adapter-1": RUNNING},
+         after=2),
+    Case("while it writes its checkpoint the job does not rest", job(SUSPENDED, INSPECT), [], "Suspended", "Suspending",
+         attempts={"train-1": Stopping()}, conditions={"Suspended": "", "Reconciling": "True"}, after=2),
+    Case("stopped: it rests", job(SUSPENDED, INSPECT), [], "Suspended", "Suspended",
+         conditions={"Suspended": "True", "Reconciling": "False", "Stalled": "False"}),
+    Case("what ended meanwhile is recorded first", job(SUSPENDED, INSPECT), [], "Publishing", "Starting", after=0,
+         attempts={"train-1": given.succeeded(TRAIN)}),
+    Case("a failure for good is one while suspended too",
+         job(SUSPENDED, INSPECT, before=[given.attempt(TRAIN, 1, "Diverged")]), [], "Failed", "Diverged",
+         kstatus="Failed", after=0),
+    Case("a back-off is not waited for while suspended", job(SUSPENDED, INSPECT, before=CRASHED_ONCE), [], "Suspended",
+         "Suspended"),
+    Case("resumed: it goes on under the same name", job(None, INSPECT), [Start(TRAIN, 1)], "Training", "Starting",
+         conditions={"Suspended": ""}),
+
+    # --- hardware edited while suspended ---
+    Case("planned anew", planned_otherwise(job(EDITED, INSPECT, volume=False)), [], "Planning", "Planned", nodes=SMALL,
+         says="1 × Tesla-T4", after=0),
+    Case("what runs is stopped before", planned_otherwise(job(EDITED, INSPECT)), [Stop(TRAIN, 1)], "Planning",
+         "Replanning", nodes=SMALL, attempts={"train-1": RUNNING}, after=2),
+    Case("nothing fits any more", planned_otherwise(job(EDITED, INSPECT)), [], "Planning", "NoFlavourFits", nodes=NODES,
+         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=60),
+    Case("after the training the plan stays", planned_otherwise(job(EDITED, INSPECT, TRAIN)), [], "Suspended",
+         "Suspended"),
+    Case("an edit that this version cannot do is no end: it can be taken back",
+         job({"suspend": True, "hardware.gpus": 2}, INSPECT), [], "Pending", "NotSupported", kstatus="Failed",
+         says="spec.hardware.gpus", conditions={"Stalled": "True", "Failed": ""}),
+
+    # --- afterwards ---
+    *[Case(f"{phase.lower()}, retain {retain}: {'kept' if kept else 'given back'}", over(phase, {"storage.retain": retain},
+           INSPECT, TRAIN, PUBLISH_ADAPTER), [] if kept else
+           [Stop(TRAIN, 1), Stop(PUBLISH_ADAPTER, 1), DeleteWorkVolume()], phase, "", kstatus="Current")
+      for phase, retain, kept in (
+          (Phase.SUCCEEDED, "Delete", False), (Phase.SUCCEEDED, "OnFailure", False), (Phase.SUCCEEDED, "Keep", True),
+          (Phase.FAILED, "Delete", False), (Phase.FAILED, "OnFailure", True), (Phase.FAILED, "Keep", True))],
+    *[Case(f"{phase.lower()}, the user's claim, retain {retain}: never deleted",
+           over(phase, OWN_CLAIM | {"storage.retain": retain}, INSPECT, TRAIN, PUBLISH_ADAPTER), [], phase, "",
+           kstatus="Current")
+      for phase in (Phase.SUCCEEDED, Phase.FAILED) for retain in ("Delete", "OnFailure", "Keep")],
+    Case("given back once, not twice", over(Phase.SUCCEEDED, None, INSPECT, TRAIN, PUBLISH_ADAPTER,
+         work_volume=WorkVolume(claim_name="support-bot-work", retained=False)), [], "Succeeded", "", kstatus="Current"),
+    Case("a failed job stops what else runs", over(Phase.FAILED, FULL, before=FAILED_MERGE), [Stop(PUBLISH_ADAPTER, 1)],
+         "Failed", "", attempts={"publish-adapter-1": RUNNING}, kstatus="Current"),
+    Case("and starts nothing", over(Phase.FAILED, FULL, before=FAILED_MERGE), [], "Failed", "", kstatus="Current"),
+]
+# fmt: on
+
+
+def decide(case: Case) -> Step:
+    return next_step(case.job, given.seen(case.job, case.attempts, claim=case.claim, nodes=case.nodes), NOW)
+
+
+def api_object(case: Case, status: JobStatus) -> dict[str, Any]:
+    return {"metadata": {"generation": case.job.metadata.generation}, "status": status.to_api()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_decision(case: Case) -> None:
+    step = decide(case)
+
+    said = {condition.type: condition for condition in step.status.conditions}
+    assert list(step.actions) == list(case.actions)
+    assert step.status.phase == case.phase
+    assert (said["Ready"].reason if "Ready" in said else "") == case.reason
+    assert {kind: said[kind].status if kind in said else "" for kind in case.conditions} == case.conditions
+    assert case.says in (step.status.message or "")
+    assert (None if step.after is None else step.after.total_seconds()) == case.after
+    assert kstatus(api_object(case, step.status)) == case.kstatus
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_decision_is_the_same_when_the_operator_dies_before_writing_it(case: Case) -> None:
+    assert decide(case) == decide(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_decision_survives_the_status_as_the_api_server_stores_it(case: Case) -> None:
+    status = decide(case).status
+    assert JobStatus.model_validate(status.to_api(), by_alias=True, by_name=False).to_api() == status.to_api()
+
+
+def test_every_policy_is_told_in_the_table() -> None:
+    """A policy without a case would be behaviour that nobody has looked at."""
+    answered = set()
+    for case in CASES:
+        seen = given.seen(case.job, case.attempts, claim=case.claim, nodes=case.nodes)
+        answered.add(next(policy.__name__ for policy in POLICIES if policy(case.job, seen, NOW)))
+    assert answered == {policy.__name__ for policy in POLICIES}
+
+
+# --- what is recorded ---
+
+
+def test_a_failed_attempt_is_recorded_with_what_it_said() -> None:
+    of = job(None, INSPECT)
+    step = next_step(of, given.seen(of, {"train-1": given.exited(15, says="no CUDA device on node-1")}), NOW)
+    [_, train] = step.status.attempts
+    assert (train.job, train.outcome, train.exit_code, train.node) == (
+        "support-bot-train-1", "EnvironmentUnfit", 15, "node-1",
+    )  # fmt: skip
+    assert train.message == "no CUDA device on node-1"
+    assert train.ended == NOW
+
+
+def test_out_of_memory_keeps_the_effective_batch_and_says_the_change() -> None:
+    of = job(None, INSPECT)
+    step = next_step(of, given.seen(of, {"train-1": given.exited(13)}), NOW)
+    plan, last = step.status.plan, step.status.attempts[-1]
+    assert plan is not None
+    assert (plan.micro_batch_size, plan.gradient_accumulation) == (4, 8)
+    assert last.change == "micro-batch 8 → 4, accumulation 4 → 8"
+
+    again = Job(of.metadata, of.spec, step.status)
+    assert next_step(again, given.seen(again), NOW).actions == (Start(TRAIN, 2),)
+
+
+def test_training_brings_scores_loss_measured_memory_and_the_adapter() -> None:
+    of = job(None, INSPECT)
+    status = next_step(of, given.seen(of, {"train-1": given.succeeded(TRAIN)}), NOW).status
+    assert status.progress is not None
+    assert (status.progress.loss, status.progress.step, status.progress.percent) == (0.5124, 12, 66)
+    assert status.evaluation is not None
+    assert [(s.metric, s.base, s.tuned) for s in status.evaluation.scores] == [("exactMatch", 0.1, 0.7)]
+    assert status.plan is not None
+    assert status.plan.memory.measured_bytes == 3 * given.GIB
+    assert [(a.name, a.state, a.digest) for a in status.artifacts] == [("adapter", "Made", "sha256:adapter")]
+
+
+def test_both_artifacts_end_up_published_in_whichever_order() -> None:
+    of = job(FULL, INSPECT, TRAIN)
+    ended: dict[str, Seen] = {"publish-adapter-1": given.succeeded(PUBLISH_ADAPTER), "merge-1": given.succeeded(MERGE)}
+    status = next_step(of, given.seen(of, ended), NOW).status
+    assert {(a.name, a.state) for a in status.artifacts} == {("adapter", "Published"), ("merged", "Made")}
+    assert {a.digest for a in status.artifacts} == {"sha256:adapter", "sha256:merged"}
+
+
+def test_a_deleted_work_volume_leaves_no_artifact_that_lay_on_it() -> None:
+    of = over(Phase.FAILED, FULL | {"storage.retain": "Delete"}, INSPECT, TRAIN, MERGE, PUBLISH_ADAPTER)
+    status = next_step(of, given.seen(of), NOW).status
+    assert [(a.name, a.state) for a in status.artifacts] == [("adapter", "Published")]
+    assert status.work_volume is not None
+    assert status.work_volume.retained is False
+
+
+def test_a_failed_job_shows_no_attempt_as_still_running() -> None:
+    of = given.history(given.job(FULL), before=FAILED_MERGE)
+    step = next_step(of, given.seen(of, {"publish-adapter-1": RUNNING}), NOW)
+    failed = Job(of.metadata, of.spec, step.status)
+    status = next_step(failed, given.seen(failed, {"publish-adapter-1": RUNNING}), NOW).status
+    assert all(attempt.outcome for attempt in status.attempts)
+
+
+def test_a_live_attempt_is_listed_with_its_node_and_replaced_by_its_end() -> None:
+    of = job(None, INSPECT)
+    live = next_step(of, given.seen(of, {"train-1": RUNNING}), NOW).status
+    assert [(a.job, a.node, a.outcome) for a in live.attempts[1:]] == [("support-bot-train-1", "node-1", None)]
+
+    then = Job(of.metadata, of.spec, live)
+    done = next_step(then, given.seen(then, {"train-1": given.succeeded(TRAIN)}), NOW).status
+    assert [(a.job, a.outcome) for a in done.attempts[1:]] == [("support-bot-train-1", "Succeeded")]
+
+
+# --- planned anew ---
+
+
+@pytest.mark.parametrize(
+    ("of", "kept"),
+    [
+        pytest.param(job(EDITED, INSPECT, volume=False), False, id="nothing begun: the best method for the new GPUs"),
+        pytest.param(job(EDITED, INSPECT), True, id="on its volume already"),
+        pytest.param(job(EDITED, INSPECT, before=CRASHED_ONCE, volume=False), True, id="an attempt has run"),
+    ],
+)
+def test_a_new_plan_keeps_the_recipe_once_training_has_begun(of: Job, kept: bool) -> None:
+    """Checkpoints are bound to the recipe: with another one they would be thrown away."""
+    old = of.status.plan
+    assert old is not None
+    other = old.model_copy(update={"planned_for": "sha256:before", "recipe": given.recipe(method="qlora", rank=8)})
+    of = Job(of.metadata, of.spec, of.status.model_copy(update={"plan": other}))
+
+    new = next_step(of, given.seen(of, nodes=SMALL), NOW).status.plan
+
+    assert new is not None
+    assert new.flavour == "Tesla-T4"
+    assert (new.recipe == other.recipe) == kept
+    assert (new.recipe.method == "lora") != kept
+
+
+def test_a_plan_once_made_is_not_made_again_in_the_next_pass() -> None:
+    of = job(None, INSPECT, planned=False)
+    planned = Job(of.metadata, of.spec, next_step(of, given.seen(of, nodes=NODES), NOW).status)
+    assert needs_nodes(of)
+    assert not needs_nodes(planned)
+    assert next_step(planned, given.seen(planned, claim=False, nodes=SMALL), NOW).actions == (CreateWorkVolume(),)
+
+
+def test_the_installations_tolerations_count_in_the_plan() -> None:
+    taint = {"key": "team", "value": "ml", "effect": "NoSchedule"}
+    of = job(None, INSPECT, planned=False)
+    seen = given.seen(of, nodes=[given.gpu_node("node-1", *given.L40S, taints=[taint])])
+    assert next_step(of, seen, NOW).status.plan is None
+    tolerant = type(seen)(seen.attempts, seen.claims, seen.nodes, [{"key": "team", "operator": "Exists"}])
+    assert next_step(of, tolerant, NOW).status.plan is not None
+
+
+# --- edits and refusals ---
+
+
+def test_an_edit_of_a_finished_job_is_acknowledged_and_changes_nothing() -> None:
+    done = over(Phase.SUCCEEDED, {"storage.retain": "Keep"}, INSPECT, TRAIN, PUBLISH_ADAPTER)
+    edited = given.history(given.job({"suspend": True, "storage.retain": "Keep"}, generation=2))
+    step = next_step(Job(edited.metadata, edited.spec, done.status), given.seen(edited), NOW)
+    assert step.actions == ()
+    assert step.status == done.status.model_copy(update={"observed_generation": 2})
+
+
+def test_a_refused_call_is_said_and_loses_nothing() -> None:
+    of = job(None, INSPECT, before=CRASHED_ONCE)
+    status = call_refused(of, "ApiError", "create Job support-bot-train-2: 403 exceeded quota", NOW)
+    assert "exceeded quota" in (status.message or "")
+    assert (status.attempts, status.plan, status.inspection) == (
+        of.status.attempts, of.status.plan, of.status.inspection,
+    )  # fmt: skip
+    assert kstatus({"metadata": {"generation": 1}, "status": status.to_api()}) == "InProgress"
+
+
+@pytest.mark.parametrize("formats", [["adapter"], ["merged"], BOTH])
+def test_the_tasks_of_a_job_are_what_its_formats_need(formats: list[str]) -> None:
+    named = [task.name for task in tasks(given.job({"output.formats": formats}).spec)]
+    assert named == [
+        "inspect", "train", *["merge" for f in formats if f == "merged"], *[f"publish-{f}" for f in formats],
+    ]  # fmt: skip
+
+
+def test_an_attempts_long_message_does_not_blow_up_the_status() -> None:
+    of = job(None, INSPECT)
+    ended = Ended(False, exit_code=1, detail="é" * 20_000, ended=NOW)
+    status = next_step(of, given.seen(of, {"train-1": ended}), NOW).status
+    assert len(status.attempts[-1].message or "") <= 1000
