@@ -46,8 +46,10 @@ def test_plan_review_go_then_suspend_and_resume(product: Product) -> None:
     assert product.pods(name, "train") == []
 
     product.edit(name, {"suspend": False})
+    cluster.wait(
+        "it goes on", lambda: product.logs(name, "train"), lambda log: "resumed from step" in log, 300, namespace, 1
+    )
     done = product.wait_for(name, "Succeeded", timeout=400)
-    assert "resum" in product.logs(name, "train")
     trainings = [a for a in done["status"]["attempts"] if a["stage"] == "train"]
     assert [a["outcome"] for a in trainings] == ["Succeeded"]
     # retain OnFailure: a job that succeeded gives its work volume back
@@ -81,7 +83,8 @@ def test_a_field_that_is_not_built_yet_is_refused_at_once(product: Product) -> N
     assert product.pods(name) == []
 
 
-def test_a_job_is_placed_on_the_product_that_it_asks_for(product: Product) -> None:
+def test_a_job_asks_for_the_product_that_it_names_and_says_why_it_waits(product: Product) -> None:
+    """The data's volume is on the real node, the named product is not: the scheduler binds nothing, and says so."""
     cluster = product.cluster
     taints = [{"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}]
     nodes = []
@@ -91,15 +94,25 @@ def test_a_job_is_placed_on_the_product_that_it_asks_for(product: Product) -> No
             nodes += kwok.create_nodes(cluster, prefix, 1, labels, {gpus.RESOURCE: "8"}, taints=taints)
         hardware = {"accelerator": "nvidia", "gpuProducts": [gpus.H100.name]}
         name = product.apply(short("placed", hardware=hardware))
-        (train,) = cluster.wait(
-            "its training is bound to a node",
-            lambda: product.pods(name, "train"),
-            lambda pods: any(p["spec"].get("nodeName") for p in pods),
+        waiting = cluster.wait(
+            "its training waits for a node",
+            lambda: product.job(name),
+            lambda job: condition(job, "Scheduled").get("status") == "False",
             timeout=240,
             namespace=product.namespace,
             interval=1,
         )
-        assert train["spec"]["nodeName"] == "place-h100-0"
+        assert waiting["status"]["plan"]["flavour"] == gpus.H100.name
+        assert {"flavour": gpus.L40S.name, "reason": "not among spec.hardware.gpuProducts"} in waiting["status"][
+            "plan"
+        ]["rejected"]
+        assert waiting["status"]["phase"] == "Scheduling"
+        assert "nodes are available" in waiting["status"]["message"]
+        (train,) = product.pods(name, "train")
+        required = train["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        (product_term, memory_term) = required["nodeSelectorTerms"][0]["matchExpressions"]
+        assert product_term["values"] == [gpus.H100.name]
+        assert memory_term["operator"] == "Gt"
     finally:
         cluster.delete("qlorajobs.qlora.dev", "placed", product.namespace)
         kwok.delete_nodes(cluster, nodes)
