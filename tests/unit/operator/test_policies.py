@@ -83,9 +83,10 @@ CASES = [
          attempts={"inspect-1": Active(waiting="ErrImagePull: no such image")}),
     Case("suspended from birth: inspected all the same", job(SUSPENDED), [Start(INSPECT, 1)], "Inspecting", "Starting"),
     Case("what this version does not do is refused at once", job({"queue": {"name": "gpus"}}), [], "Failed",
-         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.queue", after=0),
-    Case("inspection found: recorded", job(), [], "Training", "Starting", attempts={"inspect-1": given.succeeded(INSPECT)},
-         conditions={"Inspected": "True"}, after=0),
+         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.queue",
+         after=0),
+    Case("inspection found: recorded", job(), [], "Training", "Starting", conditions={"Inspected": "True"},
+         attempts={"inspect-1": given.succeeded(INSPECT)}, after=0),
     Case("bad data: recorded first", job(), [], "Inspecting", "Starting", after=0,
          attempts={"inspect-1": given.exited(10, INSPECT, says="line 3: no role")}),
     Case("bad data: the job fails and says where",
@@ -99,8 +100,9 @@ CASES = [
     # --- the plan ---
     Case("planned", job(None, INSPECT, planned=False), [], "Planning", "Planned", nodes=NODES, after=0,
          conditions={"Inspected": "True", "Planned": "True"}, says="1 × NVIDIA-L40S"),
-    Case("no GPU fits: it waits for one", job({"hardware.gpuProducts": ["H900"]}, INSPECT, planned=False), [], "Planning",
-         "NoFlavourFits", nodes=NODES, after=60, conditions={"Planned": "False"}, says="NVIDIA-L40S: not among"),
+    Case("no GPU fits: it waits for one", job({"hardware.gpuProducts": ["H900"]}, INSPECT, planned=False), [],
+         "Planning", "NoFlavourFits", nodes=NODES, after=60, conditions={"Planned": "False"},
+         says="NVIDIA-L40S: not among"),
     Case("no nodes at all", job(None, INSPECT, planned=False), [], "Planning", "NoFlavourFits", nodes=[], after=60,
          says="no node with GPUs"),
     Case("the spec is at fault: no node could help",
@@ -110,8 +112,8 @@ CASES = [
          "Planned", "PlanReady", kstatus="Current", conditions={"Ready": "True", "Planned": "True", "Complete": ""}),
     Case("also where suspended", job({"planOnly": True, "suspend": True}, INSPECT, volume=False), [], "Planned",
          "PlanReady", kstatus="Current"),
-    Case("released: it goes on to its work volume", job(None, INSPECT, volume=False), [CreateWorkVolume()], "Scheduling",
-         "Claiming", claim=False, after=0),
+    Case("released: it goes on to its work volume", job(None, INSPECT, volume=False), [CreateWorkVolume()],
+         "Scheduling", "Claiming", claim=False, after=0),
 
     # --- the work volume ---
     Case("the claim is there: recorded", job(None, INSPECT, volume=False), [], "Training", "Starting", after=0),
@@ -119,8 +121,8 @@ CASES = [
          "ClaimMissing", claim=False, after=60, says="no PersistentVolumeClaim scratch"),
     Case("the claim went before anything was trained: claimed again", job(None, INSPECT), [CreateWorkVolume()],
          "Scheduling", "Claiming", claim=False, after=0),
-    Case("the claim went with the adapter on it", job(FULL, INSPECT, TRAIN), [], "Failed", "WorkVolumeLost", claim=False,
-         kstatus="Failed", says="support-bot-work is gone", after=0),
+    Case("the claim went with the adapter on it", job(FULL, INSPECT, TRAIN), [], "Failed", "WorkVolumeLost",
+         claim=False, kstatus="Failed", says="support-bot-work is gone", after=0),
 
     # --- training ---
     Case("training starts", job(None, INSPECT), [Start(TRAIN, 1)], "Training", "Starting"),
@@ -164,8 +166,8 @@ CASES = [
          "Starting", after=10),
     Case("one given up: the job fails", given.history(given.job(FULL), before=FAILED_MERGE,
          inspection=given.inspection(), plan=given.plan(given.job(FULL)), work_volume=WorkVolume(claim_name="w")), [],
-         "Failed", "BadInput", kstatus="Failed", attempts={"publish-adapter-1": RUNNING}, after=0, says="no config.json",
-         conditions={"Published": "False", "Trained": "True", "Failed": "True"}),
+         "Failed", "BadInput", kstatus="Failed", attempts={"publish-adapter-1": RUNNING}, after=0,
+         says="no config.json", conditions={"Published": "False", "Trained": "True", "Failed": "True"}),
 
     # --- the end ---
     Case("all published", job(FULL, INSPECT, TRAIN, MERGE, PUBLISH_ADAPTER, PUBLISH_MERGED), [], "Succeeded",
@@ -182,8 +184,8 @@ CASES = [
     Case("also one that waits for a GPU", job(SUSPENDED, INSPECT), [Stop(TRAIN, 1)], "Suspended", "Suspending",
          attempts={"train-1": UNSCHEDULED}, after=2),
     Case("merge and publish are stopped too", job(FULL | SUSPENDED, INSPECT, TRAIN), [Stop(MERGE, 1),
-         Stop(PUBLISH_ADAPTER, 1)], "Suspended", "Suspending", attempts={"merge-1": RUNNING, "publish-adapter-1": RUNNING},
-         after=2),
+         Stop(PUBLISH_ADAPTER, 1)], "Suspended", "Suspending", after=2,
+         attempts={"merge-1": RUNNING, "publish-adapter-1": RUNNING}),
     Case("while it writes its checkpoint the job does not rest", job(SUSPENDED, INSPECT), [], "Suspended", "Suspending",
          attempts={"train-1": Stopping()}, conditions={"Suspended": "", "Reconciling": "True"}, after=2),
     Case("stopped: it rests", job(SUSPENDED, INSPECT), [], "Suspended", "Suspended",
@@ -212,8 +214,8 @@ CASES = [
          says="spec.hardware.gpus", conditions={"Stalled": "True", "Failed": ""}),
 
     # --- afterwards ---
-    *[Case(f"{phase.lower()}, retain {retain}: {'kept' if kept else 'given back'}", over(phase, {"storage.retain": retain},
-           INSPECT, TRAIN, PUBLISH_ADAPTER), [] if kept else
+    *[Case(f"{phase.lower()}, retain {retain}: {'kept' if kept else 'given back'}", over(phase,
+           {"storage.retain": retain}, INSPECT, TRAIN, PUBLISH_ADAPTER), [] if kept else
            [Stop(TRAIN, 1), Stop(PUBLISH_ADAPTER, 1), DeleteWorkVolume()], phase, "", kstatus="Current")
       for phase, retain, kept in (
           (Phase.SUCCEEDED, "Delete", False), (Phase.SUCCEEDED, "OnFailure", False), (Phase.SUCCEEDED, "Keep", True),
@@ -223,7 +225,8 @@ CASES = [
            kstatus="Current")
       for phase in (Phase.SUCCEEDED, Phase.FAILED) for retain in ("Delete", "OnFailure", "Keep")],
     Case("given back once, not twice", over(Phase.SUCCEEDED, None, INSPECT, TRAIN, PUBLISH_ADAPTER,
-         work_volume=WorkVolume(claim_name="support-bot-work", retained=False)), [], "Succeeded", "", kstatus="Current"),
+         work_volume=WorkVolume(claim_name="support-bot-work", retained=False)), [], "Succeeded", "",
+         kstatus="Current"),
     Case("a failed job stops what else runs", over(Phase.FAILED, FULL, before=FAILED_MERGE), [Stop(PUBLISH_ADAPTER, 1)],
          "Failed", "", attempts={"publish-adapter-1": RUNNING}, kstatus="Current"),
     Case("and starts nothing", over(Phase.FAILED, FULL, before=FAILED_MERGE), [], "Failed", "", kstatus="Current"),
