@@ -71,7 +71,9 @@ def run(cluster: Cluster, built: Images) -> int:
     cluster.kubectl("apply", "--filename", str(JOB), namespace=NAMESPACE)
     job = follow(cluster, NAMESPACE, "quickstart", timeout=TIMEOUT_SECONDS)
     console.print("[bold]4. the status[/]")
-    console.print(cluster.kubectl("get", "qlorajobs.qlora.dev", "quickstart", "--output=wide", namespace=NAMESPACE), markup=False)
+    console.print(
+        cluster.kubectl("get", "qlorajobs.qlora.dev", "quickstart", "--output=wide", namespace=NAMESPACE), markup=False
+    )
     console.print(yaml.safe_dump(summary(job["status"]), sort_keys=False, allow_unicode=True, width=120), markup=False)
     if job["status"]["phase"] != "Succeeded":
         return 1

@@ -1,6 +1,7 @@
 """Makes the quickstart's base model: a small language model of dictionary English, trained on definitions.txt.
 
-It learns to define words, as text and in chat, and has never seen the task of train.jsonl: the fine-tune teaches that.
+It learns to define words and to name a wider one, as text and in chat, and has never seen the task of train.jsonl: the
+fine-tune teaches that.
 A Llama of 3.4M parameters with a byte-level BPE tokenizer and a chat template, saved as any hub model is (sharded bf16
 safetensors). Same seed, same machine: same model.
 
@@ -95,17 +96,17 @@ def make_model() -> LlamaForCausalLM:
 
 
 def documents(lines: list[str], tokenizer: PreTrainedTokenizerFast, order: random.Random) -> Iterator[str]:
-    """Each line `word: definition` once: as text, as a chat asking for the meaning, or as one asking for the word."""
+    """Each line `word | wider word | meaning` once: as text, or as a chat asking for the meaning or the wider word."""
     for line in lines:
-        word, definition = line.split(": ", 1)
+        word, wider, meaning = line.split(" | ")
         form = order.random()
-        if form < 0.4:
-            yield f"{line}{END_OF_TEXT}"
+        if form < 0.25:
+            yield f"{word}: {meaning}{END_OF_TEXT}"
             continue
-        if form < 0.8:
-            question, answer = f"Define the word {word}.", definition
+        if form < 0.5:
+            question, answer = f"Define the word {word}.", meaning
         else:
-            question, answer = f"Which word means this? {definition}", word
+            question, answer = f"Find a wider word. {meaning}", wider
         chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         yield str(tokenizer.apply_chat_template(chat, tokenize=False))
 
@@ -157,7 +158,10 @@ def main() -> int:
         "out", type=Path, help="the directory to make; one that exists is replaced when the model is done"
     )
     parser.add_argument(
-        "--text", type=Path, default=Path(__file__).parent / "definitions.txt", help="`word: meaning` lines"
+        "--text",
+        type=Path,
+        default=Path(__file__).parent / "definitions.txt",
+        help="`word | wider word | meaning` lines",
     )
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 LABELS = {5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "location", 18: "person", 20: "plant", 27: "substance"}
 GOLDEN_PER_LABEL = 25
 TRAIN_PER_LABEL = 320
-DEFINITIONS_BYTES = 1_100_000
+DEFINITIONS_BYTES = 1_250_000
 NEAR_DUPLICATE = 0.7
 
 # data.noun as Debian's package wordnet-base 1:3.0-37 has it
@@ -36,11 +36,12 @@ Example = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Definition:
-    """One noun sense: its first word, what WordNet says it means, and the lexicographer file it stands in."""
+    """One noun sense: its first word, definition and lexicographer file, and the first word of the next wider sense."""
 
     word: str
     text: str
     file: int
+    wider: str
 
     @property
     def digest(self) -> str:
@@ -68,15 +69,15 @@ def read_nouns(lines: Iterable[str]) -> Iterator[Definition]:
 
     Left out: proper names (capitals, digits), glosses with a quotation inside, those under 20 or over 160 characters.
     """
-    for line in lines:
-        if line.startswith("  "):  # the licence, at the head of the file
-            continue
-        fields, gloss = line.rstrip().split(" | ", 1)
-        _offset, file, _pos, _count, word, *_ = fields.split(" ")
+    senses = [line.rstrip().split(" | ", 1) for line in lines if not line.startswith("  ")]  # there is the licence
+    first_word = {fields.split(" ")[0]: fields.split(" ")[4].replace("_", " ") for fields, _ in senses}
+    for fields, gloss in senses:
+        _offset, file, _pos, _count, word, *rest = fields.split(" ")
         word = word.replace("_", " ")
+        wider = next((first_word[rest[i + 1]] for i, mark in enumerate(rest) if mark in ("@", "@i")), word)
         text = re.split(r';\s*"', gloss)[0].strip(" ;")  # usage examples follow the definition, in quotation marks
         if re.fullmatch(r"[a-z][a-z' -]*", word) and '"' not in text and 20 <= len(text) <= 160:
-            yield Definition(word, text, int(file))
+            yield Definition(word, text, int(file), wider)
 
 
 def split(definitions: Iterable[Definition]) -> tuple[list[Definition], list[Definition], list[Definition]]:
@@ -137,7 +138,7 @@ def split(definitions: Iterable[Definition]) -> tuple[list[Definition], list[Def
 
 def plain_line(definition: Definition) -> str:
     """The line of `definition` in definitions.txt."""
-    return f"{definition.word}: {definition.text}\n"
+    return f"{definition.word} | {definition.wider} | {definition.text}\n"
 
 
 def example(definition: Definition) -> Example:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from tests.cluster import gpus, kwok
@@ -122,5 +124,5 @@ def _is_none(found: object) -> bool:
     return found is None
 
 
-def _is_empty(found: list[object]) -> bool:
+def _is_empty(found: Sequence[object]) -> bool:
     return not found

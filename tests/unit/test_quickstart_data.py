@@ -26,7 +26,7 @@ def golden() -> list[Example]:
 @pytest.fixture(scope="module")
 def plain() -> list[tuple[str, str]]:
     lines = (FOLDER / "definitions.txt").read_text(encoding="utf-8").splitlines()
-    return [(word, text) for word, text in (line.split(": ", 1) for line in lines)]
+    return [(word, text) for word, _wider, text in (line.split(" | ") for line in lines)]
 
 
 def definition_of(example: Example) -> str:
@@ -40,7 +40,7 @@ def label_of(example: Example) -> str:
 
 
 def noun(word: str, text: str, file: int = 5, number: int = 0) -> str:
-    return f"{number:08} {file:02} n 01 {word} 0 001 @ 00000000 n 0000 | {text}  "
+    return f"{number:08} {file:02} n 01 {word} 0 001 @ {number:08} n 0000 | {text}  "
 
 
 def test_the_folder_is_at_most_two_megabytes() -> None:
@@ -138,13 +138,16 @@ def test_the_split_keeps_ambiguous_and_near_golden_definitions_out(monkeypatch: 
     monkeypatch.setattr(make_data, "GOLDEN_PER_LABEL", 1)
     monkeypatch.setattr(make_data, "TRAIN_PER_LABEL", 2)
     nouns = [
-        Definition(f"w{n}", " ".join(f"{label}{n}x{k}" for k in range(6)), file)
+        Definition(f"w{n}", " ".join(f"{label}{n}x{k}" for k in range(6)), file, "thing")
         for file, label in make_data.LABELS.items()
         for n in range(6)
     ]
-    ambiguous = [Definition("crab", "lives in the sea", 5), Definition("crab", "Lives in the sea.", 13)]
+    ambiguous = [
+        Definition("crab", "lives in the sea", 5, "animal"),
+        Definition("crab", "Lives in the sea.", 13, "food"),
+    ]
     _, golden, _ = make_data.split(nouns)
-    near = [Definition("near", golden[0].text + " too", golden[0].file)]
+    near = [Definition("near", golden[0].text + " too", golden[0].file, "thing")]
     train, golden_again, plain = make_data.split([*nouns, *ambiguous, *near])
     assert {d.text for d in golden_again} == {d.text for d in golden}
     used = {d.text for d in [*train, *golden_again, *plain]}
@@ -155,7 +158,7 @@ def test_the_split_keeps_ambiguous_and_near_golden_definitions_out(monkeypatch: 
 
 def test_too_little_source_is_an_error_that_names_the_label() -> None:
     with pytest.raises(ValueError, match=r"too few definitions for animal, .*substance"):
-        make_data.split([Definition("eland", "a large African antelope", 5)])
+        make_data.split([Definition("eland", "a large African antelope", 5, "antelope")])
 
 
 def test_files_are_utf8_one_json_document_a_line() -> None:
