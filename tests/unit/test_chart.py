@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from tests.cluster import Cluster, build, ensure_up
-from tests.cluster.client import KubectlError
-from tests.cluster.settings import REPOSITORY, cache
 
 from qlora_api.v1alpha1 import QLoRAJob
 from qlora_operator.settings import DEFAULT_PATH, Settings
+from tests.cluster import Cluster, build, ensure_up
+from tests.cluster.client import KubectlError
+from tests.cluster.settings import REPOSITORY, cache
 
 pytestmark = pytest.mark.cluster
 
