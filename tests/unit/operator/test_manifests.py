@@ -1,0 +1,313 @@
+"""The children of a job, as they are sent to the API server: golden files, and what must hold for any of them.
+
+`UPDATE_GOLDEN=1 python -m pytest tests/unit/operator/test_manifests.py` writes the golden files anew; read the diff.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_api.exchange import (
+    ExitCode,
+    MergeOrder,
+    PublishOrder,
+    Stage,
+    TrainOrder,
+    mounted_path,
+    parse_order,
+)
+from qlora_api.v1alpha1 import QLoRAJob
+from qlora_operator.lifecycle.observed import Job
+from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task, tasks
+from qlora_operator.manifests.claims import work_volume_claim
+from qlora_operator.manifests.jobs import stage_job
+from qlora_operator.manifests.orders import config_map, order
+from qlora_operator.settings import Settings, StageResources
+from tests.unit.operator import given
+from tests.unit.operator.given import MIB
+
+Raw = dict[str, Any]
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/job.yaml"))
+UPDATE = "UPDATE_GOLDEN"
+
+PLAIN = Settings(trainer_image="registry.example.com/trainer:0.1.0")
+DECIDED = Settings(
+    trainer_image="registry.example.com/trainer:0.1.0",
+    image_pull_policy="Always",
+    image_pull_secrets=["installation-token", "registry-token"],
+    cpu_allowed=True,
+    storage_class="standard",
+    cpu_stages=StageResources(requests={"cpu": "1", "memory": "4Gi"}, limits={"memory": "4Gi"}),
+    train_stage=StageResources(requests={"cpu": "4", "memory": "1Gi"}, limits={"cpu": "8"}),
+    stage_env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    tolerations=[{"key": "dedicated", "operator": "Exists"}],
+    grace_seconds=300,
+)
+SETTINGS = {"minimal": PLAIN, "full": DECIDED, "cpu": PLAIN}
+
+
+def recorded(name: str) -> Job:
+    """The golden job, when everything but its publications is done."""
+    document = QLoRAJob.read(yaml.safe_load((GOLDEN / name / "job.yaml").read_text()))
+    job = Job(document.metadata, document.spec, document.status)
+    merged = (MERGE,) if "merged" in job.spec.output.formats else ()
+    return given.history(job, INSPECT, TRAIN, *merged)
+
+
+JOBS = {name: recorded(name) for name in NAMES}
+EVERY = [(name, task) for name in NAMES for task in tasks(JOBS[name].spec)]
+STAGES = [pytest.param(name, task, id=f"{name}: {task.name}") for name, task in EVERY]
+
+
+def children(name: str) -> list[Raw]:
+    """All that the operator ever creates for the golden job, in order; orders are shown parsed."""
+    job, settings = JOBS[name], SETTINGS[name]
+    found = [work_volume_claim(job, settings)] if job.spec.storage.claim_name is None else []
+    for task in tasks(job.spec):
+        shown = config_map(job, task, 1, settings)
+        shown["data"] = {key: json.loads(text) for key, text in shown["data"].items()}
+        found += [shown, stage_job(job, task, 1, settings)]
+    return found
+
+
+class Plain(yaml.SafeDumper):
+    """Without anchors: a golden file is read top to bottom."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_children_are_as_in_the_golden_file(name: str) -> None:
+    text = yaml.dump_all(json.loads(json.dumps(children(name))), Dumper=Plain, sort_keys=False, width=120)
+    file = GOLDEN / name / "children.yaml"
+    if os.environ.get(UPDATE):
+        file.write_text(text)
+    assert text == file.read_text(), f"the children changed; if that is meant, write them anew with {UPDATE}=1"
+
+
+# --- what must hold for any of them ---
+
+
+def built(name: str, task: Task) -> Raw:
+    return stage_job(JOBS[name], task, 1, SETTINGS[name])
+
+
+def pod(name: str, task: Task) -> Raw:
+    return built(name, task)["spec"]["template"]["spec"]
+
+
+def writable_claims(spec: Raw) -> dict[str, str]:
+    """Claims that the pod can write to, and where."""
+    [container] = spec["containers"]
+    claims = {v["name"]: v["persistentVolumeClaim"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
+    return {
+        claims[mount["name"]]["claimName"]: mount["mountPath"]
+        for mount in container["volumeMounts"]
+        if mount["name"] in claims and not mount.get("readOnly") and not claims[mount["name"]].get("readOnly")
+    }
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_every_pod_is_restricted_and_has_no_rights(name: str, task: Task) -> None:
+    """The Pod Security Standard *restricted*, field by field, a read-only root file system, and no token."""
+    spec = pod(name, task)
+    security = spec["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] > 0
+    assert security["seccompProfile"]["type"] == "RuntimeDefault"
+    assert spec["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers", "ephemeralContainers"} & spec.keys()
+    [container] = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+    }
+    assert "ports" not in container
+    kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
+    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim"}
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_only_publish_can_write_to_a_users_claim_and_only_to_the_output(name: str, task: Task) -> None:
+    work = {
+        "minimal": "support-bot-work",
+        "full": "a-job-whose-name-is-as-long-as-may-be-40-work",
+        "cpu": "scratch",
+    }[name]
+    output = {"minimal": "results", "full": "results", "cpu": "shared"}[name]
+    expected = {} if task.stage is Stage.INSPECT else {work: "/work"}
+    if task.stage is Stage.PUBLISH:
+        expected[output] = f"/claims/{output}"
+    assert writable_claims(pod(name, task)) == expected
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_what_the_order_names_is_mounted(name: str, task: Task) -> None:
+    """A path in the order that no volume of the pod has would fail on the node, an hour later."""
+    [container] = pod(name, task)["containers"]
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    text = order(JOBS[name], task, 1, SETTINGS[name]).to_json()
+    document = json.loads(text)
+    document.pop("provenance", None)
+    for uri in re.findall(r'pvc://[^"]+', json.dumps(document)):
+        assert str(mounted_path(uri)).startswith(tuple(f"{mount}/" for mount in mounts if "claims" in mount)), uri
+    assert {"/work", "/tmp", "/etc/qlora"} <= mounts
+    volumes = [volume["name"] for volume in pod(name, task)["volumes"]]
+    assert sorted(volumes) == sorted({mount["name"] for mount in container["volumeMounts"]})
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_orders_are_read_back_by_the_trainers_own_parser(name: str, task: Task) -> None:
+    manifest = config_map(JOBS[name], task, 7, SETTINGS[name])
+    assert manifest["immutable"] is True
+    found = parse_order(manifest["data"]["order.json"])
+    assert found == order(JOBS[name], task, 7, SETTINGS[name])
+    assert (found.stage, found.attempt, found.job_uid) == (task.stage, 7, given.UID)
+    assert found.work_dir == f"/work/{JOBS[name].metadata.name}.1b9f7c52", "jobs that share a claim share no directory"
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_names_fit_where_kubernetes_puts_them(name: str, task: Task) -> None:
+    """Names of Jobs become labels of pods (63 characters), also of the last attempt there can be."""
+    manifest = stage_job(JOBS[name], task, 99_999, SETTINGS[name])
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", manifest["metadata"]["name"])
+    labels = manifest["metadata"]["labels"] | manifest["spec"]["template"]["metadata"]["labels"]
+    assert max(len(value) for value in labels.values()) <= 63
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_children_are_the_jobs_own(name: str, task: Task) -> None:
+    """By the reference the garbage collector removes them; by the labels the operator hears of them."""
+    manifest = built(name, task)
+    for child in (manifest, config_map(JOBS[name], task, 1, SETTINGS[name])):
+        [owner] = child["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["uid"], owner["controller"]) == ("QLoRAJob", given.UID, True)
+        assert child["metadata"]["labels"]["qlora.dev/job"] == JOBS[name].metadata.name
+        assert child["metadata"]["namespace"] == "team-a"
+    pod_labels = manifest["spec"]["template"]["metadata"]["labels"]
+    assert pod_labels.items() >= manifest["metadata"]["labels"].items(), "the user's labels do not hide the operator's"
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_the_job_controller_never_retries_by_itself_but_for_disruptions(name: str, task: Task) -> None:
+    spec = built(name, task)["spec"]
+    assert (spec["backoffLimit"], spec["podReplacementPolicy"]) == (0, "Failed")
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    ignore, fail = spec["podFailurePolicy"]["rules"]
+    assert (ignore["action"], ignore["onPodConditions"]) == (
+        "Ignore", [{"type": "DisruptionTarget", "status": "True"}],
+    )  # fmt: skip
+    codes = fail["onExitCodes"]["values"]
+    assert fail["action"] == "FailJob"
+    assert codes == [code for code in sorted(ExitCode) if code and not code.retried]
+    assert 0 not in codes, "the API server refuses 0 there"
+    assert fail["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]
+
+
+def test_only_training_gets_a_gpu_and_only_on_the_planned_flavour() -> None:
+    for name, task in EVERY:
+        spec = pod(name, task)
+        limits = spec["containers"][0]["resources"]["limits"]
+        on_gpu = task == TRAIN and name != "cpu"
+        assert ("nvidia.com/gpu" in limits) == on_gpu
+        assert ("affinity" in spec) == on_gpu
+        assert ("runtimeClassName" in spec) == (on_gpu and name == "full")
+        tolerated = [t["key"] for t in spec.get("tolerations", []) if t.get("key") == "nvidia.com/gpu"]
+        assert bool(tolerated) == on_gpu
+
+
+def test_the_affinity_asks_for_just_the_memory_that_is_needed() -> None:
+    """`Gt` is strict: a GPU of exactly the bytes that are needed must do, and one of a MiB less must not."""
+    plan = JOBS["full"].status.plan
+    assert plan is not None
+    terms = pod("full", TRAIN)["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    [term] = terms["nodeSelectorTerms"]
+    product, memory = term["matchExpressions"]
+    assert (product["key"], product["operator"], product["values"]) == (
+        "nvidia.com/gpu.product", "In", [plan.flavour],
+    )  # fmt: skip
+    need = plan.memory.total_bytes * (100 + plan.memory.headroom_percent) // 100
+    assert (memory["key"], memory["operator"]) == ("nvidia.com/gpu.memory", "Gt")
+    least = int(memory["values"][0]) + 1
+    assert least * MIB >= need > (least - 1) * MIB
+
+
+def test_no_node_is_named() -> None:
+    for name, task in EVERY:
+        assert "nodeName" not in pod(name, task)
+        assert "kubernetes.io/hostname" not in json.dumps(built(name, task))
+
+
+# --- orders ---
+
+
+def test_out_of_memory_changes_the_order_but_not_what_a_checkpoint_is_bound_to() -> None:
+    job = JOBS["full"]
+    plan = job.status.plan
+    assert plan is not None
+    smaller = plan.model_copy(update={"micro_batch_size": 4, "gradient_accumulation": 8})
+    later = Job(job.metadata, job.spec, job.status.model_copy(update={"plan": smaller}))
+    first, second = order(job, TRAIN, 1, DECIDED), order(later, TRAIN, 2, DECIDED)
+    assert isinstance(first, TrainOrder)
+    assert isinstance(second, TrainOrder)
+    assert (second.micro_batch_size, second.gradient_accumulation) == (4, 8)
+    assert first.binding() == second.binding()
+
+
+def test_orders_carry_the_digests_of_what_they_build_on() -> None:
+    job = JOBS["full"]
+    merge, publish = order(job, MERGE, 1, DECIDED), order(job, given.PUBLISH_MERGED, 1, DECIDED)
+    assert isinstance(merge, MergeOrder)
+    assert isinstance(publish, PublishOrder)
+    assert (merge.model_digest, merge.adapter_digest) == ("sha256:model", "sha256:adapter")
+    assert (publish.artifact_digest, publish.output_uri) == ("sha256:merged", "pvc://results/team-a/merged")
+    assert publish.provenance["data"]["digest"] == "sha256:data"
+    assert publish.provenance["image"] == job.spec.pod_template.image
+
+
+@pytest.mark.parametrize(
+    ("task", "without", "says"),
+    [
+        (TRAIN, {"inspection": None}, "the inspection is not recorded"),
+        (TRAIN, {"plan": None}, "the plan is not recorded"),
+        (MERGE, {"artifacts": ()}, "the artifact adapter is not recorded"),
+    ],
+)
+def test_no_order_is_written_on_what_is_not_recorded(task: Task, without: Raw, says: str) -> None:
+    job = JOBS["full"]
+    with pytest.raises(LookupError, match=says):
+        order(Job(job.metadata, job.spec, job.status.model_copy(update=without)), task, 1, PLAIN)
+
+
+# --- the claim ---
+
+
+@pytest.mark.parametrize(
+    ("edits", "settings", "size", "storage_class"),
+    [
+        ({}, PLAIN, "20480Mi", None),
+        ({}, DECIDED, "20480Mi", "standard"),
+        ({"storage.className": "fast"}, DECIDED, "20480Mi", "fast"),
+        ({"storage.size": "200Gi"}, PLAIN, "200Gi", None),
+    ],
+)
+def test_the_work_volume_is_as_large_as_planned_or_as_asked(
+    edits: Raw, settings: Settings, size: str, storage_class: str | None
+) -> None:
+    job = given.history(given.job(edits), INSPECT)
+    claim = work_volume_claim(job, settings)
+    assert claim["metadata"]["name"] == "support-bot-work"
+    assert claim["spec"]["resources"]["requests"]["storage"] == size
+    assert claim["spec"].get("storageClassName") == storage_class
