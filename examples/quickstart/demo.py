@@ -16,9 +16,10 @@ from rich.table import Table
 
 from examples.quickstart.follow import NotOverError, console, follow
 from examples.quickstart.install import REPOSITORY, Images, InstallError, install
-from examples.quickstart.upload import HERE, ask, fill_claim, shell
+from examples.quickstart.upload import HERE, BaseModelError, ask, fill_claim, shell
 from tests.cluster import images, lifecycle, prerequisites
-from tests.cluster.client import Cluster, KubectlError
+from tests.cluster.buildah import BuildError
+from tests.cluster.client import Cluster, KubectlError, NotInTimeError
 from tests.cluster.process import ServerFailedError
 
 JOB = REPOSITORY / "examples" / "quickstart.yaml"
@@ -37,7 +38,16 @@ def main() -> int:
         parser.error("--cluster current needs --registry: push both targets of the Dockerfile to one, then name it")
     try:
         return run(*(_embedded() if choice.cluster == "embedded" else _current(choice.registry, choice.tag)))
-    except (InstallError, KubectlError, NotOverError, ServerFailedError, prerequisites.UnfitMachineError) as error:
+    except (
+        InstallError,
+        BaseModelError,
+        KubectlError,
+        NotOverError,
+        NotInTimeError,
+        ServerFailedError,
+        BuildError,
+        prerequisites.UnfitMachineError,
+    ) as error:
         console.print(f"[bold red]demo failed:[/] {error}")
         return 1
 
@@ -62,7 +72,9 @@ def run(cluster: Cluster, built: Images) -> int:
     console.print("[bold]1. install the chart[/]")
     install(cluster, built, {"stageEnv": {"OMP_NUM_THREADS": "1"}})
     cluster.create_namespace(NAMESPACE)
-    cluster.delete("qlorajobs.qlora.dev", "quickstart", NAMESPACE)
+    cluster.kubectl(  # with its children: a job of the same name would meet them
+        "delete", "qlorajobs.qlora.dev/quickstart", "--ignore-not-found", "--cascade=foreground", namespace=NAMESPACE
+    )
     console.print("[bold]2. put base model and data on a claim[/]")
     fill_claim(cluster, NAMESPACE, built.trainer)
     with shell(cluster, NAMESPACE, built.trainer) as pod:

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from tests.cluster.client import Cluster
+from tests.cluster.console import step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHART = REPOSITORY / "charts" / "qlora-operator"
@@ -49,6 +50,7 @@ def install(cluster: Cluster, images: Images, values: dict[str, object] | None =
     command = ["helm", "upgrade", "--install", "qlora-operator", str(CHART), "--namespace", NAMESPACE]
     command += ["--values", "-", "--wait", "--timeout", "5m"]
     environment = {**os.environ, **cluster.environment()}
-    done = subprocess.run(command, input=yaml.safe_dump(document), capture_output=True, text=True, env=environment)
+    with step("helm upgrade --install, until the operator is ready"):
+        done = subprocess.run(command, input=yaml.safe_dump(document), capture_output=True, text=True, env=environment)
     if done.returncode:
         raise InstallError(f"helm upgrade --install: {(done.stderr or done.stdout).strip()}")

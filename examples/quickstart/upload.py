@@ -21,8 +21,15 @@ DATA = ("train.jsonl", "golden.jsonl")
 USER = 65532
 
 
+class BaseModelError(Exception):
+    """The base model could not be made; the message has the maker's last lines."""
+
+
 def base_model() -> Path:
-    """The base model's directory: made once per content of its maker and text, kept in the cache."""
+    """The base model's directory: made once per content of its maker and text, kept in the cache.
+
+    Raises BaseModelError.
+    """
     key = hashlib.sha256()
     for name in ("make_base.py", "definitions.txt"):
         key.update((HERE / name).read_bytes())
@@ -43,7 +50,7 @@ def base_model() -> Path:
                 said.append(line)
                 work.say(line)
             if maker.wait():
-                raise RuntimeError(f"make_base.py failed:\n{''.join(said[-20:])}")
+                raise BaseModelError(f"make_base.py failed:\n{''.join(said[-20:])}")
     return place
 
 
@@ -57,7 +64,7 @@ def fill_claim(cluster: Cluster, namespace: str, image: str, data: tuple[Path, .
     }
     cluster.apply(claim, namespace=namespace)
     model = base_model()
-    with shell(cluster, namespace, image) as pod:
+    with shell(cluster, namespace, image) as pod, step("copying base model and data to the claim"):
         cluster.kubectl("exec", pod, "--", "rm", "-rf", f"{MOUNT}/base", namespace=namespace)
         cluster.kubectl("cp", "--no-preserve", str(model), f"{pod}:{MOUNT}/base", namespace=namespace)
         for file in data or tuple(HERE / name for name in DATA):
@@ -69,7 +76,8 @@ def shell(cluster: Cluster, namespace: str, image: str, name: str = "quickstart-
     """A restricted pod of the trainer image with the claim mounted, to copy and to ask in; gone afterwards."""
     cluster.delete("pod", name, namespace)
     cluster.apply(_pod(name, image), namespace=namespace)
-    cluster.wait_pod(name, namespace, "Running", timeout=600)
+    with step(f"pod {name}: pulling the trainer image if the node lacks it"):
+        cluster.wait_pod(name, namespace, "Running", timeout=600)
     try:
         yield name
     finally:
