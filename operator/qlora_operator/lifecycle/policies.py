@@ -312,6 +312,8 @@ def _underway(job: Job, seen: Observed) -> Situation:
     """The phase is that of the earliest task under way; the message says what each does, or why it waits."""
     at_work = [(task, state) for task, _, state in _in_state(job, seen, Active)]
     todo = current(job.spec, job.status)
+    if job.status.inspection is not None and job.status.plan is None:
+        return Situation(Phase.PLANNING, "Inspected", "inspected; planning")
     if not at_work:
         first = todo[0][0] if todo else None
         phase = PHASE_OF[first.stage] if first else Phase.PUBLISHING

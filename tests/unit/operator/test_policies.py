@@ -85,7 +85,7 @@ CASES = [
     Case("what this version does not do is refused at once", job({"queue": {"name": "gpus"}}), [], "Failed",
          "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.queue",
          after=0),
-    Case("inspection found: recorded", job(), [], "Training", "Starting", conditions={"Inspected": "True"},
+    Case("inspection found: recorded", job(), [], "Planning", "Inspected", conditions={"Inspected": "True"},
          attempts={"inspect-1": given.succeeded(INSPECT)}, after=0),
     Case("bad data: recorded first", job(), [], "Inspecting", "Starting", after=0,
          attempts={"inspect-1": given.exited(10, INSPECT, says="line 3: no role")}),
