@@ -16,7 +16,7 @@ from rich.table import Table
 
 from examples.quickstart.follow import NotOverError, console, follow
 from examples.quickstart.install import REPOSITORY, Images, InstallError, install
-from examples.quickstart.upload import HERE, BaseModelError, ask, fill_claim, shell
+from examples.quickstart.upload import HERE, MOUNT, BaseModelError, ask, fill_claim, shell
 from tests.cluster import images, lifecycle, prerequisites
 from tests.cluster.buildah import BuildError
 from tests.cluster.client import Cluster, KubectlError, NotInTimeError
@@ -78,7 +78,7 @@ def run(cluster: Cluster, built: Images) -> int:
     console.print("[bold]2. put base model and data on a claim[/]")
     fill_claim(cluster, NAMESPACE, built.trainer)
     with shell(cluster, NAMESPACE, built.trainer) as pod:
-        cluster.kubectl("exec", pod, "--", "rm", "-rf", "/claims/quickstart/models", namespace=NAMESPACE)
+        cluster.kubectl("exec", pod, "--", "rm", "-rf", f"{MOUNT}/models", namespace=NAMESPACE)
     console.print(f"[bold]3. kubectl apply -f {JOB.relative_to(REPOSITORY)}[/]")
     cluster.kubectl("apply", "--filename", str(JOB), namespace=NAMESPACE)
     job = follow(cluster, NAMESPACE, "quickstart", timeout=TIMEOUT_SECONDS)

@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cluster import settings
-from tests.cluster.client import Cluster
+from tests.cluster import pods, settings
+from tests.cluster.client import Cluster, Manifest
 from tests.cluster.console import step
 
 HERE = Path(__file__).resolve().parent
 CLAIM = "quickstart"
-MOUNT = f"/claims/{CLAIM}"
+MOUNT = "/data"
 DATA = ("train.jsonl", "golden.jsonl")
-USER = 65532
 
 
 class BaseModelError(Exception):
@@ -84,42 +83,13 @@ def shell(cluster: Cluster, namespace: str, image: str, name: str = "quickstart-
         cluster.delete("pod", name, namespace)
 
 
-def _pod(name: str, image: str) -> dict[str, object]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name},
-        "spec": {
-            "restartPolicy": "Never",
-            "terminationGracePeriodSeconds": 0,
-            "automountServiceAccountToken": False,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": USER,
-                "runAsGroup": USER,
-                "fsGroup": USER,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-            "containers": [
-                {
-                    "name": "shell",
-                    "image": image,
-                    "command": ["sleep", "infinity"],
-                    "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
-                    "securityContext": {
-                        "allowPrivilegeEscalation": False,
-                        "readOnlyRootFilesystem": True,
-                        "capabilities": {"drop": ["ALL"]},
-                    },
-                    "volumeMounts": [{"name": "claim", "mountPath": MOUNT}, {"name": "tmp", "mountPath": "/tmp"}],
-                }
-            ],
-            "volumes": [
-                {"name": "claim", "persistentVolumeClaim": {"claimName": CLAIM}},
-                {"name": "tmp", "emptyDir": {}},
-            ],
-        },
-    }
+def _pod(name: str, image: str) -> Manifest:
+    pod = pods.restricted(name, ["sleep", "infinity"], image=image, claim=CLAIM)
+    (container,) = pod["spec"]["containers"]
+    container["env"] = [{"name": "OMP_NUM_THREADS", "value": "1"}]
+    container["volumeMounts"].append({"name": "tmp", "mountPath": "/tmp"})  # the root file system is read-only
+    pod["spec"]["volumes"].append({"name": "tmp", "emptyDir": {}})
+    return pod
 
 
 def ask(cluster: Cluster, namespace: str, pod: str, model: str, prompt: str) -> str:
