@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -20,11 +21,13 @@ from examples.quickstart.upload import HERE, MOUNT, BaseModelError, ask, fill_cl
 from tests.cluster import images, lifecycle, prerequisites
 from tests.cluster.buildah import BuildError
 from tests.cluster.client import Cluster, KubectlError, NotInTimeError
+from tests.cluster.console import step
 from tests.cluster.process import ServerFailedError
 
 JOB = REPOSITORY / "examples" / "quickstart.yaml"
 NAMESPACE = "qlora-demo"
 TIMEOUT_SECONDS = 30 * 60
+PROMPTS = 3
 
 
 def main() -> int:
@@ -117,16 +120,14 @@ def show_result(cluster: Cluster, built: Images, job: dict[str, Any]) -> None:
         scores.add_row(score["metric"], f"{score['base']:.1%}", f"{score['tuned']:.1%}", str(score["examples"]))
     console.print(scores)
     with (HERE / "golden.jsonl").open() as golden:
-        question, answer = json.loads(next(golden))["messages"]
+        asked = [json.loads(line)["messages"] for line in itertools.islice(golden, PROMPTS)]
     merged = next(a["uri"] for a in job["status"]["artifacts"] if a["name"] == "merged")
-    with shell(cluster, NAMESPACE, built.trainer) as pod:
-        before = ask(cluster, NAMESPACE, pod, "base", question["content"])
-        after = ask(cluster, NAMESPACE, pod, merged.removeprefix("pvc://quickstart/"), question["content"])
-    answers = Table(show_header=False)
-    answers.add_row("prompt", question["content"])
-    answers.add_row("before", before)
-    answers.add_row("after", after)
-    answers.add_row("expected", answer["content"])
+    answers = Table("prompt", "before", "after", "expected")
+    with shell(cluster, NAMESPACE, built.trainer) as pod, step("asking base and merged model"):
+        for question, answer in asked:
+            before = ask(cluster, NAMESPACE, pod, "base", question["content"])
+            after = ask(cluster, NAMESPACE, pod, merged.removeprefix("pvc://quickstart/"), question["content"])
+            answers.add_row(question["content"], before, after, answer["content"])
     console.print(answers)
 
 
