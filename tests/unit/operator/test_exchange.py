@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
+from hypothesis import example
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
@@ -122,7 +123,9 @@ def test_a_result_of_another_stage_is_no_result(stage: Stage) -> None:
         parse_report(text)
 
 
-@for_all(st.text(), st.integers(1, 60))
+@for_all(st.text(max_size=20), st.integers(1, 600))
+@example("日本", 200)  # under 4096 characters, and over 4096 bytes
+@example("日本", 1000)
 def test_every_failure_fits_the_termination_message(text: str, times: int) -> None:
     """The kubelet cuts at 4096 bytes, and half a JSON document is none."""
     failure = (text + 'ä日本🙂"\\\n\x00') * times

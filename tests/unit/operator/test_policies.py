@@ -169,6 +169,11 @@ CASES = [
          "Failed", "BadInput", kstatus="Failed", attempts={"publish-adapter-1": RUNNING}, after=0,
          says="no config.json", conditions={"Published": "False", "Trained": "True", "Failed": "True"}),
 
+    Case("one given up, the other ended just now: that is recorded first", given.history(given.job(FULL),
+         before=FAILED_MERGE, inspection=given.inspection(), plan=given.plan(given.job(FULL)),
+         artifacts=job(None, INSPECT, TRAIN).status.artifacts), [], "Merging", "Starting", after=0,
+         attempts={"publish-adapter-1": given.succeeded(PUBLISH_ADAPTER)}),
+
     # --- the end ---
     Case("all published", job(FULL, INSPECT, TRAIN, MERGE, PUBLISH_ADAPTER, PUBLISH_MERGED), [], "Succeeded",
          "Published", kstatus="Current", conditions={"Complete": "True", "Published": "True", "Ready": "True"},

@@ -420,18 +420,23 @@ class Story:
 
     # --- the end ---
 
-    def come_to_an_end(self) -> None:
-        """With a willing user and healthy GPUs, it ends; then nothing is left running, and all is quiet."""
+    def come_to_an_end(self, deaths: int) -> None:
+        """With a willing user and healthy GPUs, it ends; then nothing is left running, and all is quiet.
+
+        Before each good pass the operator dies in one, after so many calls: `deaths` more each time.
+        """
         world = self.world
         self.gpus_come_and_go(0)
         world.edit(lambda spec: spec.update(suspend=False, planOnly=False))
-        for _ in self.until_finished():
+        for n in self.until_finished():
+            self.dies_in_a_pass(n + deaths)
             self.a_pass()
             self.stopped_pods_are_gone(0)
             for name in self.running():
                 world.ends(name, "result")
             world.age(600)
-        for _ in range(3):
+        for n in range(6):
+            self.dies_in_a_pass(n + deaths)
             self.a_pass()
             self.stopped_pods_are_gone(0)
         assert [name for name in world.jobs_where(lambda job: True) if world.alive(name)] == []
@@ -487,14 +492,17 @@ SPECS = st.fixed_dictionaries(
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @for_all(
-    SPECS, st.sampled_from([0, 1, 1, 1, 2]), st.lists(st.tuples(EVENT, st.integers(0, 999)), min_size=15, max_size=50)
+    SPECS,
+    st.sampled_from([0, 1, 1, 1, 2]),
+    st.integers(0, 4),
+    st.lists(st.tuples(EVENT, st.integers(0, 999)), min_size=15, max_size=50),
 )
 def test_no_work_is_lost_doubled_or_endless(
-    spec: Mapping[str, Any], head_start: int, events: list[tuple[Callable[[Story, int], None], int]]
+    spec: Mapping[str, Any], head_start: int, deaths: int, events: list[tuple[Callable[[Story, int], None], int]]
 ) -> None:
     story = Story(spec)
     for _ in range(head_start):
         story.goes_well(0)
     for happens, n in events:
         happens(story, n)
-    story.come_to_an_end()
+    story.come_to_an_end(deaths)
