@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from enum import IntEnum, StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -375,10 +376,10 @@ class Report(Document):
         excess = len(text.encode()) - REPORT_MAX_BYTES
         if excess <= 0:
             return text
-        if self.failure is None:
+        if self.failure is None or self.result is not None:
             raise ValueError(f"a report of {len(text.encode())} bytes; termination messages hold {REPORT_MAX_BYTES}")
         cut = self.failure
-        while len(text.encode()) > REPORT_MAX_BYTES:
+        while cut and len(text.encode()) > REPORT_MAX_BYTES:
             cut = cut[: len(cut) * 9 // 10]
             text = self.model_copy(update={"failure": cut + " …"}).to_json()
         return text
@@ -437,11 +438,15 @@ class ProgressDocument(Document):
 # --- where a claim is mounted ---
 
 
+#: The name of a Kubernetes object.
+CLAIM_NAME = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
+
+
 def claim_of(uri: str) -> tuple[str, str]:
     """`pvc://claim/path` as (claim, path); the path may be empty. Raises ValueError for anything else."""
     scheme, _, rest = uri.partition("://")
     claim, _, path = rest.partition("/")
-    if scheme != "pvc" or not claim or ".." in PurePosixPath(path).parts:
+    if scheme != "pvc" or not re.fullmatch(CLAIM_NAME, claim) or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{uri}: expected pvc://<claim>/<path>, the path without '..'")
     return claim, path.strip("/")
 

@@ -39,7 +39,7 @@ PLURAL = "qlorajobs"
 NAME_MAX = 40  # the children carry the name: `<job>-publish-<artifact>-<attempt>` stays within a label's 63 characters
 
 #: Optional leading dot, then anything but a dot or slash: no empty, `.` or `..` component, without look-around.
-URI_PATTERN = r"^(hf|s3|oci|pvc)://[^/.\s][^/\s]*(/\.?[^/.\s][^/\s]*)+$"
+URI_PATTERN = r"^((hf|s3|oci)://[^/.\s][^/\s]*|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?)(/\.?[^/.\s][^/\s]*)+$"
 DURATION_PATTERN = r"^([1-9][0-9]{0,5}d)?([1-9][0-9]{0,5}h)?([1-9][0-9]{0,5}m)?([1-9][0-9]{0,5}s)?$"
 QUANTITY_PATTERN = r"^[1-9][0-9]{0,14}(\.[0-9]{1,3})?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"

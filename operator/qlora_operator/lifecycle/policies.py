@@ -19,7 +19,7 @@ from qlora_operator.lifecycle.conditions import Situation, Stance, with_situatio
 from qlora_operator.lifecycle.milestones import milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Step, Stop
-from qlora_operator.lifecycle.tasks import INSPECT, TRAIN, Task, current, ended, is_done, tasks
+from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, is_done, tasks
 
 S = TypeVar("S", Absent, Stopping, Active, Ended)
 
@@ -59,8 +59,7 @@ def needs_nodes(job: Job) -> bool:
 
 def call_refused(job: Job, reason: str, message: str, now: datetime) -> JobStatus:
     """The status of a job with which the API server did not let the operator do what it decided."""
-    situation = Situation(job.status.phase or Phase.PENDING, reason, message)
-    return _say(job, Observed(), now, situation).status
+    return _say(job, Observed(), now, Situation(_underway(job, Observed()).phase, reason, message)).status
 
 
 # --- the end ---
@@ -103,7 +102,8 @@ def spec_asks_for_what_is_not_built(job: Job, seen: Observed, now: datetime) -> 
         return None
     if job.status.attempts:  # edited on its way: nothing is lost, it goes on when the edit is taken back
         situation = Situation(job.status.phase or Phase.PENDING, "NotSupported", "; ".join(sentences), Stance.FAILED)
-        return _say(job, seen, now, situation)
+        stopped = [Stop(task, n) for task, n, _ in _in_state(job, seen, Active) if job.spec.suspend]
+        return _say(job, seen, now, situation, actions=tuple(stopped))
     return _fail(job, seen, now, "NotSupported", "; ".join(sentences))
 
 
@@ -157,7 +157,7 @@ def inspection_is_missing(job: Job, seen: Observed, now: datetime) -> Step | Non
     """Look at model and data, on a CPU, before anything else."""
     if job.status.inspection is not None:
         return None
-    return _start(job, seen, now, only=INSPECT)
+    return _start(job, seen, now)
 
 
 # --- the plan ---
@@ -252,8 +252,8 @@ def tasks_are_to_run(job: Job, seen: Observed, now: datetime) -> Step | None:
 
 POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
     job_is_over,
-    spec_asks_for_what_is_not_built,
     attempts_have_ended,
+    spec_asks_for_what_is_not_built,
     a_task_is_given_up,
     everything_is_published,
     inspection_is_missing,
@@ -265,14 +265,12 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
 )
 
 
-def _start(job: Job, seen: Observed, now: datetime, *, only: Task | None = None) -> Step:
+def _start(job: Job, seen: Observed, now: datetime) -> Step:
     """Start the absent tasks whose back-off is over; look again when the next one's is."""
     actions: list[Action] = []
     waits: list[timedelta] = []
     retried: list[str] = []
     for task, n, _ in _in_state(job, seen, Absent):
-        if only is not None and task != only:
-            continue
         verdict = _answer(job, task)
         delay = verdict.delay if isinstance(verdict, Again) else NOW
         last = ended(job.status, task)[-1:]

@@ -174,7 +174,8 @@ def test_where_an_address_is_mounted(uri: str, parts: tuple[str, str], path: str
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "models/base", "s3://bucket/key", "pvc://", "pvc:///x", "pvc://c/../../etc", "pvc://c/a/.."]
+    "uri",
+    ["", "models/base", "s3://bucket/key", "pvc://", "pvc:///x", "pvc://c/../../etc", "pvc://c/a/..", "pvc://../x"],
 )
 def test_what_is_no_address_of_a_claim_is_refused(uri: str) -> None:
     for reads in (claim_of, mounted_path):

@@ -217,6 +217,8 @@ CASES = [
     Case("an edit that this version cannot do is no end: it can be taken back",
          job({"suspend": True, "hardware.gpus": 2}, INSPECT), [], "Pending", "NotSupported", kstatus="Failed",
          says="spec.hardware.gpus", conditions={"Stalled": "True", "Failed": ""}),
+    Case("and suspending is obeyed beside it", job({"suspend": True, "hardware.gpus": 2}, INSPECT), [Stop(TRAIN, 1)],
+         "Pending", "NotSupported", kstatus="Failed", attempts={"train-1": RUNNING}),
 
     # --- afterwards ---
     *[Case(f"{phase.lower()}, retain {retain}: {'kept' if kept else 'given back'}", over(phase,
