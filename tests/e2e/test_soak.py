@@ -31,8 +31,9 @@ def test_what_is_learned_is_the_task_and_not_the_form(product: Product, tmp_path
         target = f"{pod}:{MOUNT}/{shuffled.name}"
         product.cluster.kubectl("cp", "--no-preserve", str(shuffled), target, namespace=product.namespace)
 
-    dataset = {"train": [{"uri": f"pvc://quickstart/{shuffled.name}"}], "evalFraction": 0.05}
-    product.apply(quickstart("learned"))
+    same_job = quickstart("learned")
+    dataset = {**same_job["spec"]["dataset"], "train": [{"uri": f"pvc://quickstart/{shuffled.name}"}]}
+    product.apply(same_job)
     learned = tuned_score(product, "learned")
     product.apply(quickstart("shuffled", dataset=dataset))
     assert learned >= tuned_score(product, "shuffled") + 0.20
