@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_api.exchange import Stage
-from qlora_api.v1alpha1 import ConditionStatus, ConditionType, Phase
+from qlora_api.v1alpha1 import ConditionStatus, ConditionType, Phase, Plan
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Active, Job, Observed
 from qlora_operator.lifecycle.tasks import TRAIN, Task, ended, is_done, tasks
@@ -18,6 +18,11 @@ REACHED_BY = {
 }
 
 
+def in_brief(plan: Plan) -> str:
+    """The plan in a few words, for people."""
+    return f"{plan.recipe.method} on {f'{plan.gpus} × {plan.flavour}' if plan.gpus else 'CPU'}"
+
+
 def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task | None) -> dict[ConditionType, Said]:
     """Those that are reached (True) or refused (False, with the reason); the others are left out."""
     status = job.status
@@ -26,8 +31,7 @@ def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task |
         text = f"{found.architecture}, {found.shape.parameters:,} parameters, {found.examples:,} examples"
         said[ConditionType.INSPECTED] = ("True", "Inspected", text)
     if plan := status.plan:
-        where = f"{plan.gpus} × {plan.flavour}" if plan.gpus else "CPU"
-        said[ConditionType.PLANNED] = ("True", "Planned", f"{plan.recipe.method} on {where}")
+        said[ConditionType.PLANNED] = ("True", "Planned", in_brief(plan))
     elif situation.phase is Phase.PLANNING or (situation.stance is Stance.FAILED and failed_at is None):
         said[ConditionType.PLANNED] = ("False", situation.reason, situation.message)
     training = seen.attempts.get(TRAIN.job_name(job.metadata.name, len(ended(status, TRAIN)) + 1))

@@ -16,7 +16,7 @@ from qlora_operator import planner
 from qlora_operator.lifecycle import results
 from qlora_operator.lifecycle.answers import Again, AgainWithHalfTheMicroBatch, GiveUp, Outcome, answer
 from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
-from qlora_operator.lifecycle.milestones import milestones
+from qlora_operator.lifecycle.milestones import in_brief, milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, is_done, tasks
@@ -80,9 +80,8 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
         left = tuple(artifact for artifact in status.artifacts if artifact.state == "Published")
         gone = volume.model_copy(update={"retained": False})
         status = status.model_copy(update={"work_volume": gone, "artifacts": left})
-    if status.observed_generation != job.metadata.generation:  # suspend may still be edited, to no effect
-        status = status.model_copy(update={"observed_generation": job.metadata.generation})
-    return Step(status, tuple(actions))
+    # suspend may still be edited, to no effect
+    return Step(status.model_copy(update={"observed_generation": job.metadata.generation}), tuple(actions))
 
 
 def _is_of(attempt: Attempt, task: Task) -> bool:
@@ -167,8 +166,7 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     """Size and place; anew when hardware or pod template were edited while suspended."""
     inspection = job.status.inspection
     old = job.status.plan
-    wanted = planned_for(job)
-    if inspection is None or is_done(job.status, TRAIN) or (old is not None and old.planned_for == wanted):
+    if inspection is None or not needs_nodes(job):
         return None
     if running := [(task, n) for task, n, _ in _in_state(job, seen, Active) if task == TRAIN]:
         situation = Situation(Phase.PLANNING, "Replanning", "stopping train, with a checkpoint, to plan it anew")
@@ -179,12 +177,11 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     if isinstance(made, Plan):
         planned = job.status.model_copy(
             update={
-                "plan": made.model_copy(update={"planned_for": wanted}),
+                "plan": made.model_copy(update={"planned_for": planned_for(job)}),
                 "progress": Progress(percent=_percent(job, job.status), steps=made.steps),
             }
         )
-        where = f"{made.gpus} × {made.flavour}" if made.gpus else "CPU"
-        message = f"planned: {made.recipe.method} on {where}, micro-batch {made.micro_batch_size}"
+        message = f"planned: {in_brief(made)}, micro-batch {made.micro_batch_size}"
         situation = Situation(Phase.PLANNING, "Planned", message)
         return _say(Job(job.metadata, job.spec, planned), seen, now, situation, after=NOW)
     if made.final:
