@@ -413,6 +413,33 @@ def parse_report(text: str) -> Report:
 # --- progress: Kubeflow Trainer's wire format (proposal 2779), so that a foreign trainer image can speak it too ---
 
 
+#: Where and how to post, as Kubeflow's environment says it: the address, a file with the CA, a file with the token.
+PROGRESS_URL_ENV = "KUBEFLOW_TRAINER_SERVER_URL"
+PROGRESS_CA_ENV = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
+PROGRESS_TOKEN_ENV = "KUBEFLOW_TRAINER_SERVER_TOKEN"
+PROGRESS_MOUNT = "/var/run/qlora-progress"
+#: Audience of the token that a trainer pod is given; it is good for nothing else.
+PROGRESS_AUDIENCE = "qlora-progress"
+#: A report is small; the endpoint reads no further.
+PROGRESS_MAX_BYTES = 16 * 1024
+#: Port of a train pod that serves Prometheus metrics.
+METRICS_PORT = 9400
+
+
+class ProgressName(StrEnum):
+    """The metrics of a progress document that the operator reads. Others are ignored; transformers' names where it has
+    one, so that its own callback is understood."""
+
+    STEP = "step"
+    STEPS = "steps"
+    EPOCH = "epoch"
+    LOSS = "loss"
+    EVAL_LOSS = "eval_loss"
+    TOKENS_PER_SECOND = "tokens_per_second"
+    MFU = "mfu"
+    MEMORY_BYTES = "memory_bytes"  # reserved on the fullest GPU at the peak
+
+
 class ProgressMetric(Document):
     """One named number."""
 

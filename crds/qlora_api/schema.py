@@ -5,7 +5,6 @@ What a structural schema cannot say is refused here, by path, and not later by t
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -252,10 +251,6 @@ class _Plain(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
-
-
-# YAML 1.1 in Go reads y and n as booleans, in Python it does not: quote them, for `status.attempts[].n`
-_Plain.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^[yYnN]$"), list("yYnN"))
 
 
 def crd_yaml() -> str:

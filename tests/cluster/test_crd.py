@@ -386,7 +386,8 @@ STATUS = JobStatus(
     ),
     attempts=(
         Attempt(
-            n=1, stage="train", artifact="adapter", job="support-bot-train-1", node="node1", started=NOW, ended=NOW,
+            number=1, stage="train", artifact="adapter", job="support-bot-train-1", node="node1", started=NOW,
+            ended=NOW,
             outcome="OutOfMemory", exit_code=13, message="no memory", change="micro-batch 4",
         ),
     ),

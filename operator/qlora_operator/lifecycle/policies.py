@@ -75,7 +75,7 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
     if volume and volume.retained and not _is_kept(job):
         # a claim stays in use for as long as a pod that mounted it exists, be it finished
         mounted = [a for a in status.attempts if a.stage != Stage.INSPECT]
-        actions += [Stop(task, a.n) for a in mounted for task in tasks(job.spec) if _is_of(a, task)]
+        actions += [Stop(task, a.number) for a in mounted for task in tasks(job.spec) if _is_of(a, task)]
         actions.append(DeleteWorkVolume())
         left = tuple(artifact for artifact in status.artifacts if artifact.state == "Published")
         gone = volume.model_copy(update={"retained": False})

@@ -25,7 +25,7 @@ def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended) -> Jo
     how = outcome(seen)
     failure = seen.report.failure if seen.report and seen.report.failure else seen.detail
     attempt = Attempt(
-        n=n,
+        number=n,
         stage=task.stage,
         artifact=task.artifact,
         job=task.job_name(job, n),
@@ -97,6 +97,8 @@ def with_live_attempts(job: Job, seen: Observed) -> JobStatus:
         state = seen.attempts.get(name)
         if isinstance(state, Active) and state.node:
             live.append(
-                Attempt(n=n, stage=task.stage, artifact=task.artifact, job=name, node=state.node, started=state.started)
+                Attempt(
+                    number=n, stage=task.stage, artifact=task.artifact, job=name, node=state.node, started=state.started
+                )
             )
     return job.status.model_copy(update={"attempts": (*over, *live)})

@@ -180,7 +180,13 @@ def plan(of: Job, *, micro_batch_size: int = 8, effective_batch_size: int = 32, 
 
 def attempt(task: Task, n: int, outcome: str, *, ended: datetime = NOW, of: str = NAME, **more: Any) -> Attempt:
     return Attempt(
-        n=n, stage=task.stage, artifact=task.artifact, job=task.job_name(of, n), outcome=outcome, ended=ended, **more
+        number=n,
+        stage=task.stage,
+        artifact=task.artifact,
+        job=task.job_name(of, n),
+        outcome=outcome,
+        ended=ended,
+        **more,
     )
 
 

@@ -111,7 +111,7 @@ def test_a_long_message_is_cut_to_what_the_server_takes() -> None:
 
 
 def test_an_unreadable_job_is_stalled_and_keeps_all_that_is_recorded() -> None:
-    status = said(JobStatus(), RUNNING).to_api() | {"attempts": [{"n": 1, "fieldOfAnotherVersion": True}]}
+    status = said(JobStatus(), RUNNING).to_api() | {"attempts": [{"number": 1, "fieldOfAnotherVersion": True}]}
     after = unreadable(status, "spec.later: no such field", generation=2, now=LATER)
     assert kstatus({"metadata": {"generation": 2}, "status": after}) == "Failed"
     assert after["attempts"] == status["attempts"]

@@ -1,217 +1,50 @@
-"""The QLoRAJob resource, `qlora.dev/v1alpha1`: what users write (`spec`) and what the operator answers (`status`).
+"""What users write: `spec`."""
 
-These models are the single source of the CRD (`schema.py`), of `docs/reference.md` (`reference.py`) and of what the
-command line accepts. A field that is absent and has no default means "decided for you"; what was decided stands in
-`status.plan.recipe`. A rule that spans several fields is written twice, side by side, as a `Rule`: in CEL for the
-API server, in Python for the command line; a test holds both against the same table of bad specs.
-"""
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-import re
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
+from pydantic import Field
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    Strict,
-    ValidationError,
-    model_validator,
+from qlora_api.v1alpha1.fields import (
+    AS_SET,
+    ENDPOINT_PATTERN,
+    GROUP,
+    WORD_PATTERN,
+    Accelerator,
+    AdapterInit,
+    Allocation,
+    Annotation,
+    Attention,
+    BestMetric,
+    ComputeDtype,
+    DataFormat,
+    Distinct,
+    Duration,
+    Flag,
+    GateMetric,
+    Integer,
+    LabelValue,
+    Loss,
+    MergeBase,
+    Method,
+    Metric,
+    Number,
+    ObjectName,
+    Offload,
+    OnOutOfMemory,
+    Optimizer,
+    OutputFormat,
+    Quantity,
+    QuantType,
+    Retain,
+    Rule,
+    Schedule,
+    SpecPart,
+    Uri,
+    Word,
+    at_most_one,
+    exactly_one,
 )
-from pydantic.alias_generators import to_camel
-from pydantic.config import JsonDict
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
-
-from qlora_api.exchange import Inspection, Recipe, Score
-
-GROUP = "qlora.dev"
-VERSION = "v1alpha1"
-API_VERSION: Final = "qlora.dev/v1alpha1"
-KIND: Final = "QLoRAJob"
-PLURAL = "qlorajobs"
-NAME_MAX = 40  # the children carry the name: `<job>-publish-<artifact>-<attempt>` stays within a label's 63 characters
-
-#: Optional leading dot, then anything but a dot or slash: no empty, `.` or `..` component, without look-around.
-URI_PATTERN = r"^((hf|s3|oci)://[^/.\s][^/\s]*|pvc://[a-z0-9]([-.a-z0-9]*[a-z0-9])?)(/\.?[^/.\s][^/\s]*)+$"
-DURATION_PATTERN = r"^([1-9][0-9]{0,5}d)?([1-9][0-9]{0,5}h)?([1-9][0-9]{0,5}m)?([1-9][0-9]{0,5}s)?$"
-QUANTITY_PATTERN = r"^[1-9][0-9]{0,14}(\.[0-9]{1,3})?(k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-OBJECT_NAME_PATTERN = r"^[a-z0-9]([-.a-z0-9]*[a-z0-9])?$"
-LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?)?$"
-WORD_PATTERN = r"^\S+$"
-ENDPOINT_PATTERN = r"^https?://[^\s/]+(/\S*)?$"
-
-#: What a value that fails its pattern should have looked like, for people.
-LOOKS_LIKE = {
-    URI_PATTERN: "hf://owner/name, s3://bucket/path, oci://registry/name or pvc://claim/path",
-    DURATION_PATTERN: "a duration such as 15m, 1h30m or 7d",
-    QUANTITY_PATTERN: "a quantity such as 200Gi",
-    NAME_PATTERN: "a DNS label: a lower-case letter, then lower-case letters, digits and '-'",
-    OBJECT_NAME_PATTERN: "the name of a Kubernetes object: lower-case letters, digits, '-' and '.'",
-    LABEL_VALUE_PATTERN: "the value of a label: at most 63 letters, digits, '-', '_' and '.'",
-    WORD_PATTERN: "text without spaces",
-    ENDPOINT_PATTERN: "https://host/path",
-}
-
-SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-BYTES_PER_UNIT = {"": 1} | {
-    prefix + suffix: factor**power
-    for suffix, factor, prefixes in (("", 1000, "kMGTP"), ("i", 1024, "KMGTP"))
-    for power, prefix in enumerate(prefixes, start=1)
-}
-
-
-def duration_seconds(duration: str) -> int:
-    """Seconds in a duration of the resource, such as `1h30m` (checked against its pattern before)."""
-    return sum(int(n) * SECONDS_PER_UNIT[unit] for n, unit in re.findall(r"([0-9]+)([dhms])", duration))
-
-
-def quantity_bytes(quantity: str) -> int:
-    """Bytes in a quantity of the resource, such as `200Gi` (checked against its pattern before)."""
-    number, unit = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", quantity).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    whole, _, thousandths = number.partition(".")
-    return (int(whole) * 1000 + int(thousandths.ljust(3, "0"))) * BYTES_PER_UNIT[unit] // 1000
-
-
-def camel(name: str) -> str:
-    """The name of a field in YAML: `max_gpus` is `maxGPUs`."""
-    return to_camel(name).replace("Gpu", "GPU")
-
-
-def _yaml_1_2_float(value: Any) -> Any:
-    """PyYAML follows YAML 1.1 and reads `2e-4` as text; the API server reads a number."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", value):
-        return float(value)
-    return value
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if repeated := sorted({str(value) for value in values if values.count(value) > 1}):
-        raise ValueError(f"{', '.join(repeated)}: listed twice")
-    return values
-
-
-def _whole_seconds(moment: datetime) -> datetime:
-    return moment.astimezone(UTC).replace(microsecond=0)
-
-
-# The server takes no "16" for 16; neither may the command line.
-Integer = Annotated[int, Strict()]
-Number = Annotated[float, Strict(), BeforeValidator(_yaml_1_2_float)]
-Flag = Annotated[bool, Strict()]
-Uri = Annotated[str, Field(pattern=URI_PATTERN, max_length=1024)]
-Duration = Annotated[str, Field(pattern=DURATION_PATTERN, min_length=2, max_length=32)]
-Quantity = Annotated[str, Field(pattern=QUANTITY_PATTERN, max_length=24)]
-ObjectName = Annotated[str, Field(pattern=OBJECT_NAME_PATTERN, max_length=253)]
-Word = Annotated[str, Field(pattern=WORD_PATTERN, max_length=253)]
-LabelValue = Annotated[str, Field(pattern=LABEL_VALUE_PATTERN, max_length=63)]
-Annotation = Annotated[str, Field(max_length=4096)]
-Distinct = AfterValidator(_distinct)
-AS_SET: JsonDict = {"x-kubernetes-list-type": "set"}
-
-#: A moment in UTC, whole seconds, as Kubernetes writes it.
-Timestamp = Annotated[
-    datetime, AfterValidator(_whole_seconds), PlainSerializer(lambda moment: moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
-]
-
-DataFormat = Literal["messages", "prompt-completion", "instruction", "sharegpt", "text"]
-Loss = Literal["assistant", "completion", "all"]
-Method = Literal["qlora", "lora"]
-QuantType = Literal["nf4", "fp4"]
-ComputeDtype = Literal["bfloat16", "float16", "float32"]
-AdapterInit = Literal["default", "loftq"]
-Schedule = Literal["cosine", "linear", "constant"]
-Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
-Offload = Literal["none", "activations", "parameters"]
-Metric = Literal["exactMatch", "tokenF1", "rougeL", "perplexity"]
-GateMetric = Literal["exactMatch", "tokenF1", "rougeL", "perplexity", "evalLoss", "canary", "judge"]
-BestMetric = Literal["evalLoss", "exactMatch", "tokenF1", "rougeL"]
-Accelerator = Literal["nvidia", "amd", "cpu"]
-Allocation = Literal["devicePlugin", "dra"]
-Retain = Literal["Delete", "OnFailure", "Keep"]
-OutputFormat = Literal[
-    "adapter", "merged", "fp8", "awq", "gptq",
-    "gguf:BF16", "gguf:F16", "gguf:Q8_0", "gguf:Q5_1", "gguf:Q5_0", "gguf:Q4_1", "gguf:Q4_0",
-]  # fmt: skip
-MergeBase = Literal["dequantized", "original"]
-OnOutOfMemory = Literal["halveMicroBatch", "fail"]
-ConditionStatus = Literal["True", "False", "Unknown"]
-
-
-class Rule(NamedTuple):
-    """One rule that spans fields: `cel` for the API server, `holds` for the command line, one `message` for both."""
-
-    cel: str
-    holds: Callable[[Any], bool]
-    message: str
-
-
-def at_most_one(*fields: str) -> Rule:
-    """Of these optional fields (snake_case), at most one is set."""
-    names = [camel(field) for field in fields]
-    return Rule(
-        cel=" + ".join(f"(has(self.{name}) ? 1 : 0)" for name in names) + " <= 1",
-        holds=lambda model: sum(getattr(model, field) is not None for field in fields) <= 1,
-        message=f"{' and '.join(names)} exclude each other: set one of them or none",
-    )
-
-
-def exactly_one(*fields: str) -> Rule:
-    """Of these optional fields (snake_case), exactly one is set."""
-    names = [camel(field) for field in fields]
-    return Rule(
-        cel=" + ".join(f"(has(self.{name}) ? 1 : 0)" for name in names) + " == 1",
-        holds=lambda model: sum(getattr(model, field) is not None for field in fields) == 1,
-        message=f"set exactly one of {', '.join(names)}",
-    )
-
-
-class Document(BaseModel):
-    """A part of the resource: snake_case in Python, camelCase in YAML, never changed once read."""
-
-    model_config = ConfigDict(alias_generator=camel, populate_by_name=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        """The API server prunes a null where none is allowed, then fills the default."""
-        if isinstance(data, Mapping):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
-
-    def to_api(self) -> dict[str, Any]:
-        """As the API server holds it: camelCase, defaults filled, absent where nothing is set."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-class SpecPart(Document):
-    """A part of what users write: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-    rules: ClassVar[tuple[Rule, ...]] = ()
-
-    @model_validator(mode="after")
-    def _obey_rules(self) -> Self:
-        if broken := [rule.message for rule in self.rules if not rule.holds(self)]:
-            raise ValueError("; ".join(broken))
-        return self
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        schema = handler(core_schema)
-        if cls.rules:
-            handler.resolve_ref_schema(schema)["x-kubernetes-validations"] = [
-                {"rule": rule.cel, "message": rule.message} for rule in cls.rules
-            ]
-        return schema
 
 
 class SecretRef(SpecPart):
@@ -671,7 +504,9 @@ class Budget(SpecPart):
     """What the job may use up before it is stopped, with a checkpoint."""
 
     max_gpu_hours: Number | None = Field(default=None, gt=0, le=10_000_000, description="GPUs × hours of training.")
-    max_runtime: Duration | None = Field(default=None, description="Time from the first pod on, such as 12h or 3d.")
+    max_runtime: Duration | None = Field(
+        default=None, description="Time that pods of the job run, such as 12h or 3d; waiting does not count."
+    )
 
 
 class JobSpec(SpecPart):
@@ -757,265 +592,3 @@ class JobSpec(SpecPart):
 #: Top-level fields that may change at any time, and those that may change while the job is suspended.
 MUTABLE = frozenset({"suspend", "ttlSecondsAfterFinished"})
 MUTABLE_WHILE_SUSPENDED = frozenset({"hardware", "queue", "budget", "retry", "podTemplate"})
-
-
-class Phase(StrEnum):
-    """Where a job stands, for people. Programs read the conditions."""
-
-    PENDING = "Pending"  # accepted, nothing done yet
-    INSPECTING = "Inspecting"
-    PLANNING = "Planning"
-    PLANNED = "Planned"  # rests at its plan: planOnly
-    SCHEDULING = "Scheduling"  # waits for its volume or a GPU
-    TRAINING = "Training"
-    MERGING = "Merging"
-    PUBLISHING = "Publishing"
-    SUSPENDED = "Suspended"
-    SUCCEEDED = "Succeeded"
-    FAILED = "Failed"
-
-
-class ConditionType(StrEnum):
-    """The conditions that the operator writes: kstatus' three, the job's milestones, and batch/v1's ends."""
-
-    READY = "Ready"
-    RECONCILING = "Reconciling"
-    STALLED = "Stalled"
-    INSPECTED = "Inspected"
-    PLANNED = "Planned"
-    SCHEDULED = "Scheduled"
-    TRAINED = "Trained"
-    PUBLISHED = "Published"
-    SUSPENDED = "Suspended"
-    COMPLETE = "Complete"
-    FAILED = "Failed"
-
-
-class Condition(Document):
-    """One aspect of the job's state, as everywhere in Kubernetes."""
-
-    type: str = Field(max_length=316, description="Which aspect, such as Ready, Planned or Failed.")
-    status: ConditionStatus = Field(description="True, False or Unknown.")
-    observed_generation: int | None = Field(default=None, description="Generation of the spec that this is said of.")
-    last_transition_time: Timestamp = Field(description="When the status last changed.")
-    reason: str = Field(max_length=1024, description="Why, in one word, for programs.")
-    message: str = Field(max_length=32768, description="Why, and what to do, for people.")
-
-
-class MemoryItem(Document):
-    """One use of a GPU's memory."""
-
-    name: str = Field(description="What it is for.")
-    bytes: int = Field(description="Predicted bytes on one GPU.")
-
-
-class MemoryPlan(Document):
-    """What is predicted to lie in one GPU's memory at the peak."""
-
-    items: tuple[MemoryItem, ...] = Field(description="Use by use.")
-    total_bytes: int = Field(description="Their sum.")
-    gpu_bytes: int | None = Field(default=None, description="What one GPU of the chosen flavour has.")
-    headroom_percent: int = Field(description="Memory kept free, in percent of the sum.")
-    measured_bytes: int | None = Field(
-        default=None, description="What the training took at its peak, beside what was predicted."
-    )
-
-
-class Rejected(Document):
-    """A flavour that was not chosen."""
-
-    flavour: str = Field(description="The flavour.")
-    reason: str = Field(description="Why not.")
-
-
-class Plan(Document):
-    """How the training will run, and why there."""
-
-    recipe: Recipe = Field(description="The training as decided.")
-    accelerator: Accelerator = Field(description="nvidia, amd or cpu.")
-    flavour: str = Field(description="Product of the chosen GPUs, as in the node label, or cpu.")
-    gpus: int = Field(description="GPUs in all.")
-    gpus_per_node: int = Field(description="GPUs in each node.")
-    nodes: int = Field(description="Nodes.")
-    micro_batch_size: int = Field(description="Sequences per GPU at a time.")
-    gradient_accumulation: int = Field(description="Micro-batches per optimizer step on each GPU.")
-    steps: int | None = Field(default=None, description="Optimizer steps, as far as known before packing.")
-    memory: MemoryPlan = Field(description="One GPU's memory at the peak, item by item.")
-    host_memory_bytes: int = Field(description="Memory that the training pod asks for.")
-    disk_bytes: int = Field(description="Size of the work volume.")
-    rejected: tuple[Rejected, ...] = Field(default=(), description="The flavours not chosen, and why.")
-    planned_for: str | None = Field(
-        default=None, description="Fingerprint of spec.hardware and spec.podTemplate that it was made for."
-    )
-
-
-class Progress(Document):
-    """How far the training is. Rounded, and written rarely."""
-
-    percent: int = Field(
-        default=0, description="Share of the tasks (stages, one publication per artifact) that is done."
-    )
-    step: int | None = Field(default=None, description="Optimizer steps done.")
-    steps: int | None = Field(default=None, description="Optimizer steps in all.")
-    epoch: float | None = Field(default=None, description="Passes over the data done.")
-    loss: float | None = Field(default=None, description="Training loss.")
-    eval_loss: float | None = Field(default=None, description="Loss on the held-out data.")
-    tokens_per_second: int | None = Field(default=None, description="Tokens per second, over all GPUs.")
-    remaining: str | None = Field(default=None, description="Time left, such as 12m.")
-    last_report_time: Timestamp | None = Field(default=None, description="When the trainer last reported.")
-
-
-class Attempt(Document):
-    """One run of one stage."""
-
-    n: int = Field(description="Counts from 1 per stage (and artifact).")
-    stage: str = Field(description="inspect, train, merge or publish.")
-    artifact: str | None = Field(default=None, description="What was published.")
-    job: str = Field(description="Name of the batch/v1 Job.")
-    node: str | None = Field(default=None, description="Where its pod ran.")
-    started: Timestamp | None = Field(default=None, description="When its pod started.")
-    ended: Timestamp | None = Field(default=None, description="When it ended.")
-    outcome: str | None = Field(default=None, description="How it ended. Absent: it has not.")
-    exit_code: int | None = Field(default=None, description="Exit code of its container.")
-    message: str | None = Field(default=None, description="What it said at the end.")
-    change: str | None = Field(default=None, description="What is done differently in the next attempt.")
-
-
-class EvaluationResult(Document):
-    """What the tuned model is worth, beside its base."""
-
-    scores: tuple[Score, ...] = Field(
-        default=(),
-        description="Metric by metric.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["metric"]},
-    )
-
-
-class Serving(Document):
-    """How to serve an artifact: lines to copy."""
-
-    vllm: str | None = Field(default=None, description="The command for vLLM.")
-    kserve: str | None = Field(default=None, description="The storage URI for KServe.")
-
-
-class Artifact(Document):
-    """One thing that came out."""
-
-    name: str = Field(description="adapter, merged, or a quantised form.")
-    state: Literal["Made", "Published"] = Field(description="Made: on the work volume. Published: at its uri.")
-    uri: str | None = Field(default=None, description="Where it lies.")
-    digest: str | None = Field(default=None, description="Digest of its files.")
-    bytes: int | None = Field(default=None, description="Size of its files.")
-    parity: float | None = Field(
-        default=None, description="How far the merged weights are from base + adapter: the largest relative difference."
-    )
-    serving: Serving | None = Field(default=None, description="How to serve it.")
-
-
-class WorkVolume(Document):
-    """The claim that the stages work in."""
-
-    claim_name: str = Field(description="Name of the claim.")
-    retained: bool = Field(default=True, description="Whether it is still there.")
-
-
-class JobStatus(Document):
-    """Where the job stands. Written by the operator alone."""
-
-    observed_generation: int = Field(default=-1, description="Generation of the spec that this status speaks of.")
-    phase: Phase | None = Field(default=None, description="Where the job stands, in one word, for people.")
-    start_time: Timestamp | None = Field(default=None, description="When the operator took the job up.")
-    completion_time: Timestamp | None = Field(default=None, description="When it succeeded or failed.")
-    message: str | None = Field(
-        default=None, description="Where the job stands, or why it does not move, in a sentence."
-    )
-    conditions: tuple[Condition, ...] = Field(
-        default=(),
-        description="The job's state for programs: Ready, Reconciling and Stalled; Inspected, Planned, Scheduled, "
-        "Trained and Published; Suspended, Complete and Failed.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-    )
-    inspection: Inspection | None = Field(default=None, description="What a look at the model and the data has shown.")
-    plan: Plan | None = Field(default=None, description="How the training will run, and why there.")
-    work_volume: WorkVolume | None = Field(default=None, description="The claim that the stages work in.")
-    progress: Progress | None = Field(default=None, description="How far the training is.")
-    attempts: tuple[Attempt, ...] = Field(default=(), description="Every run of every stage, in order.")
-    evaluation: EvaluationResult | None = Field(default=None, description="What the tuned model is worth.")
-    artifacts: tuple[Artifact, ...] = Field(
-        default=(),
-        description="What came out, and where it lies.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-    )
-
-
-class Metadata(Document):
-    """Of an object's metadata, what this project reads."""
-
-    name: str = Field(pattern=NAME_PATTERN, max_length=NAME_MAX, description="Name of the job.")
-    namespace: str = "default"
-    uid: str = ""
-    resource_version: str = ""
-    generation: int = 0
-    creation_timestamp: Timestamp | None = None
-    deletion_timestamp: Timestamp | None = None
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
-
-
-class QLoRAJob(Document):
-    """One fine-tune: a base model and a data set in, a trained, merged and published model out."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
-    kind: Literal["QLoRAJob"] = KIND
-    metadata: Metadata
-    spec: JobSpec
-    status: JobStatus = Field(default=JobStatus(), description="Where the job stands.")
-
-    @classmethod
-    def read(cls, document: Mapping[str, Any]) -> Self:
-        """The job in a manifest or an API object; only the names that the API server takes are taken.
-
-        Raises pydantic's ValidationError; `problems` says it in sentences.
-        """
-        return cls.model_validate(document, by_alias=True, by_name=False)
-
-
-def problems(error: ValidationError) -> list[str]:
-    """What is wrong with a document, one sentence per field: where, what, and what it should look like."""
-    details = error.errors(include_url=False)
-    # a list whose only item is bad counts as too short as well
-    around = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
-    return [_problem(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in around]
-
-
-def _problem(detail: Any) -> str:
-    where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"]).lstrip(".")
-    value = detail["input"]
-    shown = f" (found {value!r})" if isinstance(value, str | int | float) and len(str(value)) <= 100 else ""
-    match detail["type"]:
-        case "missing":
-            what = "required, and not there"
-        case "extra_forbidden":
-            what, shown = "no such field; check the spelling and the indentation", ""
-        case "string_pattern_mismatch":
-            pattern = detail["ctx"]["pattern"]
-            what = f"must be {LOOKS_LIKE.get(pattern, f'text that matches {pattern}')}"
-        case "literal_error":
-            what = f"must be one of {detail['ctx']['expected']}"
-        case "string_type":
-            what = "must be text; put it in quotes" if isinstance(value, int | float) else "must be text"
-        case "string_too_long":
-            what = f"must have at most {detail['ctx']['max_length']} characters"
-        case "tuple_type":
-            what = "must be a list"
-        case "too_short":
-            what = f"must have at least {detail['ctx']['min_length']} items"
-        case "too_long":
-            what = f"must have at most {detail['ctx']['max_length']} items"
-        case "value_error":
-            what, shown = str(detail["ctx"]["error"]), ""
-        case _:
-            what = detail["msg"].replace("Input should", "must")
-    return f"{where}: {what}{shown}"
