@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from enum import IntEnum, StrEnum
 from pathlib import PurePosixPath
@@ -460,6 +461,21 @@ class ProgressDocument(Document):
     """What a trainer posts while it trains."""
 
     trainer_status: TrainerStatus
+
+    def numbers(self) -> dict[ProgressName, float]:
+        """The metrics that the operator reads. Raises ValueError, naming it, for one that is no finite number."""
+        known = {name.value: name for name in ProgressName}
+        found: dict[ProgressName, float] = {}
+        for metric in self.trainer_status.metrics:
+            if (name := known.get(metric.name)) is None:
+                continue
+            try:
+                found[name] = float(metric.value)
+            except ValueError as error:
+                raise ValueError(f"metric {name}: {metric.value!r} is not a number") from error
+            if not math.isfinite(found[name]):
+                raise ValueError(f"metric {name}: {metric.value} is not finite; leave it out")
+        return found
 
 
 # --- where a claim is mounted ---

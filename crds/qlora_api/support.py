@@ -83,9 +83,7 @@ LIMITS: dict[str, Only | OnlyScheme] = {
     "output.credentialsSecretRef": NOT_YET,
     "output.formats[]": Only(("adapter", "merged")),
     "output.signingKeySecretRef": NOT_YET,
-    "budget": NOT_YET,
     "offline": NOT_YET,
-    "ttlSecondsAfterFinished": NOT_YET,
 }
 
 SUPPORTED = frozenset({
@@ -124,6 +122,8 @@ SUPPORTED = frozenset({
     "output.mergeBase",
     "output.overwrite",
     "retry",
+    "budget",
+    "ttlSecondsAfterFinished",
     "suspend",
     "planOnly",
 })  # fmt: skip

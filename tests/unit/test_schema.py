@@ -301,9 +301,7 @@ REFUSED = [
     ("spec.output.credentialsSecretRef", SECRET, "remove the field"),
     ("spec.output.formats[0]", "fp8", "fp8 is not supported by this version; use adapter or merged"),
     ("spec.output.signingKeySecretRef", SECRET, "remove the field"),
-    ("spec.budget", {"maxRuntime": "12h"}, "remove the field"),
     ("spec.offline", True, "remove the field"),
-    ("spec.ttlSecondsAfterFinished", 3600, "remove the field"),
 ]
 #: What has to stand beside a field for the job to be valid.
 BESIDE = {"spec.dataset.eval": A_SOURCE, "spec.evaluation.golden": A_SOURCE}

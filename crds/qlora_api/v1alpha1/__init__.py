@@ -39,6 +39,7 @@ from qlora_api.v1alpha1.status import (
     Progress,
     Rejected,
     Serving,
+    Usage,
     WorkVolume,
 )
 
@@ -74,6 +75,7 @@ __all__ = [
     "Rejected",
     "Retry",
     "Serving",
+    "Usage",
     "WorkVolume",
     "camel",
     "duration_seconds",

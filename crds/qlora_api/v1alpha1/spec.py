@@ -584,8 +584,8 @@ class JobSpec(SpecPart):
         default=None,
         ge=0,
         le=31_536_000,
-        description="Delete the pods and the work volume so long after the end. The job itself stays. Absent: never. "
-        "May be changed at any time.",
+        description="Delete pods, orders and the work volume (unless storage.retain is Keep) so long after the end. "
+        "The job itself stays, and what is published. Absent: never. May be changed at any time.",
     )
 
 

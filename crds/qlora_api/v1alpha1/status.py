@@ -103,7 +103,8 @@ class Progress(Document):
     """How far the training is. Rounded, and written rarely."""
 
     percent: int = Field(
-        default=0, description="Share of the tasks (stages, one publication per artifact) that is done."
+        default=0,
+        description="Share of the work that is done: the stages and publications, the training by its steps and most.",
     )
     step: int | None = Field(default=None, description="Optimizer steps done.")
     steps: int | None = Field(default=None, description="Optimizer steps in all.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from qlora_api.exchange import Report, parse_report
+from qlora_api.exchange import ProgressName, Report, parse_report
 from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
 
 Raw = Mapping[str, Any]
@@ -64,14 +64,26 @@ Seen = Absent | Stopping | Active | Ended
 
 
 @dataclass(frozen=True)
+class Reported:
+    """What the trainer of an attempt said last of its progress. `attempt` is the name of the attempt's Job."""
+
+    attempt: str
+    received: datetime
+    percent: int | None
+    remaining_seconds: int | None
+    numbers: Mapping[ProgressName, float]
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything that a decision about one job looks at. `nodes` is None where they were not needed; `tolerations` are
-    what the installation gives every pod."""
+    what the installation gives every pod; `reported` is None until a trainer has reported to this replica."""
 
     attempts: Mapping[str, Seen] = field(default_factory=dict)
     claims: Mapping[str, bool] = field(default_factory=dict)
     nodes: Sequence[Raw] | None = None
     tolerations: Sequence[Raw] = ()
+    reported: Reported | None = None
 
 
 def moment(text: str | None) -> datetime | None:

@@ -6,19 +6,21 @@ Each takes the job as recorded, what the cluster has of it and the time, and ret
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qlora_api.exchange import Stage
 from qlora_api.support import unsupported
 from qlora_api.v1alpha1 import Attempt, JobStatus, Phase, Plan, Progress, WorkVolume
 from qlora_operator import planner
-from qlora_operator.lifecycle import results
+from qlora_operator.lifecycle import budget, results
 from qlora_operator.lifecycle.answers import Again, AgainWithHalfTheMicroBatch, GiveUp, Outcome, answer
 from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
 from qlora_operator.lifecycle.milestones import in_brief, milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
-from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Step, Stop
+from qlora_operator.lifecycle.progress import percent, progress
+from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, is_done, tasks
 
 S = TypeVar("S", Absent, Stopping, Active, Ended)
@@ -40,7 +42,7 @@ def next_step(job: Job, seen: Observed, now: datetime) -> Step:
     """What to do for `job`, given what exists in the cluster. Pure."""
     for policy in POLICIES:
         if step := policy(job, seen, now):
-            return step
+            return _in_time_for_the_budget(step, job, seen, now)
     raise AssertionError("the last policy applies always")
 
 
@@ -81,7 +83,41 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
         gone = volume.model_copy(update={"retained": False})
         status = status.model_copy(update={"work_volume": gone, "artifacts": left})
     # suspend may still be edited, to no effect
-    return Step(status.model_copy(update={"observed_generation": job.metadata.generation}), tuple(actions))
+    status = status.model_copy(update={"observed_generation": job.metadata.generation})
+    left = _until_cleanup(job, now)
+    if left is not None and left <= NOW:
+        return Step(*_cleaned_up(job, status, now))
+    return Step(status, tuple(actions), left)
+
+
+def _until_cleanup(job: Job, now: datetime) -> timedelta | None:
+    """Until what is left of a finished job is to be deleted; None where nothing is, or where it is done."""
+    ttl, end = job.spec.ttl_seconds_after_finished, job.status.completion_time
+    if ttl is None or end is None or job.status.cleanup_time is not None:
+        return None
+    return end + timedelta(seconds=ttl) - now
+
+
+def _cleaned_up(job: Job, status: JobStatus, now: datetime) -> tuple[JobStatus, tuple[Action, ...]]:
+    """Everything that was made for the job goes, but for what is published, and a volume that is to be kept."""
+    actions: list[Action] = [
+        Remove(task, a.number) for a in status.attempts for task in tasks(job.spec) if _is_of(a, task)
+    ]
+    update: dict[str, Any] = {"cleanup_time": now.replace(microsecond=0)}
+    volume, storage = job.status.work_volume, job.spec.storage
+    if volume and storage.claim_name is None and storage.retain != "Keep":
+        actions.append(DeleteWorkVolume())
+        update["work_volume"] = volume.model_copy(update={"retained": False})
+        update["artifacts"] = tuple(artifact for artifact in status.artifacts if artifact.state == "Published")
+    return status.model_copy(update=update), tuple(actions)
+
+
+def _in_time_for_the_budget(step: Step, job: Job, seen: Observed, now: datetime) -> Step:
+    """`step`, looking again when the budget will be used up at the latest."""
+    left = budget.time_left(job, seen, now)
+    if left is None or step.status.phase in FINISHED:
+        return step
+    return replace(step, after=left if step.after is None else min(left, step.after))
 
 
 def _is_of(attempt: Attempt, task: Task) -> bool:
@@ -89,10 +125,15 @@ def _is_of(attempt: Attempt, task: Task) -> bool:
 
 
 def _is_kept(job: Job) -> bool:
-    storage = job.spec.storage
-    if storage.claim_name is not None:
-        return True
-    return storage.retain == "Keep" or (storage.retain == "OnFailure" and job.status.phase is Phase.FAILED)
+    return _keeps_after_failure(job) if job.status.phase is Phase.FAILED else _keeps_after_success(job)
+
+
+def _keeps_after_success(job: Job) -> bool:
+    return job.spec.storage.claim_name is not None or job.spec.storage.retain == "Keep"
+
+
+def _keeps_after_failure(job: Job) -> bool:
+    return _keeps_after_success(job) or job.spec.storage.retain == "OnFailure"
 
 
 def spec_asks_for_what_is_not_built(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -120,6 +161,27 @@ def everything_is_published(job: Job, seen: Observed, now: datetime) -> Step | N
         return None
     where = ", ".join(f"{artifact.name} at {artifact.uri}" for artifact in job.status.artifacts if artifact.uri)
     return _say(job, seen, now, Situation(Phase.SUCCEEDED, "Published", f"published {where}", Stance.READY), after=NOW)
+
+
+def budget_is_used_up(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Stop what runs, with a checkpoint; then the job has failed. (A suspended job's budget may still be edited.)"""
+    used_up = None if job.spec.suspend else budget.exceeded(job, seen, now)
+    if used_up is None:
+        return None
+    running = [(task, n) for task, n, _ in _in_state(job, seen, Active)]
+    if running or any(_in_state(job, seen, Stopping)):
+        situation = Situation(_underway(job, seen).phase, "BudgetExceeded", f"{used_up}; stopping, with a checkpoint")
+        return _say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in running), after=SOON)
+    return _fail(job, seen, now, "BudgetExceeded", f"{used_up}{_where_the_checkpoint_is(job)}")
+
+
+def _where_the_checkpoint_is(job: Job) -> str:
+    progress, volume = job.status.progress, job.status.work_volume
+    if is_done(job.status, TRAIN) or volume is None or progress is None or not progress.step:
+        return ""
+    kept = "is kept on" if _keeps_after_failure(job) else "goes with"
+    at = f"step {progress.step} of {progress.steps}"
+    return f"; training was at {at}, its checkpoint {kept} the claim {volume.claim_name}"
 
 
 # --- attempts ---
@@ -178,7 +240,7 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
         planned = job.status.model_copy(
             update={
                 "plan": made.model_copy(update={"planned_for": planned_for(job)}),
-                "progress": Progress(percent=_percent(job, job.status), steps=made.steps),
+                "progress": Progress(percent=percent(job.spec, job.status), steps=made.steps),
             }
         )
         message = f"planned: {in_brief(made)}, micro-batch {made.micro_batch_size}"
@@ -253,6 +315,7 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
     spec_asks_for_what_is_not_built,
     a_task_is_given_up,
     everything_is_published,
+    budget_is_used_up,
     inspection_is_missing,
     plan_is_missing,
     rests_at_its_plan,
@@ -320,12 +383,6 @@ def _underway(job: Job, seen: Observed) -> Situation:
     return Situation(Phase.SCHEDULING if phase is Phase.TRAINING else phase, "Waiting", message)
 
 
-def _percent(job: Job, status: JobStatus) -> int:
-    """Share of the tasks that are done."""
-    todo = tasks(job.spec)
-    return 100 * sum(is_done(status, task) for task in todo) // len(todo)
-
-
 def _fail(job: Job, seen: Observed, now: datetime, reason: str, message: str, *, at: Task | None = None) -> Step:
     situation = Situation(Phase.FAILED, reason, message, Stance.FAILED)
     return _say(job, seen, now, situation, after=NOW, failed_at=at)
@@ -342,10 +399,9 @@ def _say(
     failed_at: Task | None = None,
 ) -> Step:
     """The step that writes `situation` over what is recorded in `job.status`."""
-    status = results.with_live_attempts(job, seen)
-    progress = (status.progress or Progress()).model_copy(update={"percent": _percent(job, status)})
+    status = results.with_live_attempts(job, seen, now)
     status = with_situation(
-        status.model_copy(update={"progress": progress}),
+        status.model_copy(update={"progress": progress(job, seen)}),
         situation,
         milestones(job, seen, situation, failed_at),
         generation=job.metadata.generation,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
 from typing import Any
 
 from qlora_api.exchange import RESULT_OF, Inspection, MergeResult, PublishResult, TrainResult
 from qlora_api.v1alpha1 import Artifact, Attempt, EvaluationResult, JobStatus, Progress
+from qlora_operator.lifecycle import budget
 from qlora_operator.lifecycle.answers import Outcome, outcome
 from qlora_operator.lifecycle.observed import Active, Ended, Job, Observed
 from qlora_operator.lifecycle.tasks import Task, current
@@ -36,8 +38,9 @@ def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended) -> Jo
         exit_code=seen.exit_code,
         message=None if how is Outcome.SUCCEEDED else (failure or None) and failure[:MESSAGE_MAX],
     )
-    over = tuple(a for a in status.attempts if a.outcome)
-    status = status.model_copy(update={"attempts": (*over, attempt)})
+    others = tuple(a for a in status.attempts if a.job != attempt.job)
+    usage = budget.with_run(status.usage, attempt, attempt.ended, status.plan)
+    status = status.model_copy(update={"attempts": (*others, attempt), "usage": usage})
     if how is not Outcome.SUCCEEDED or seen.report is None:
         return status
     result = RESULT_OF[task.stage].model_validate(seen.report.result)
@@ -88,10 +91,13 @@ def _with_artifact(status: JobStatus, artifact: Artifact) -> JobStatus:
     return status.model_copy(update={"artifacts": tuple(artifacts.values())})
 
 
-def with_live_attempts(job: Job, seen: Observed) -> JobStatus:
-    """The recorded attempts, and after them those that are at work on a node."""
+def with_live_attempts(job: Job, seen: Observed, now: datetime) -> JobStatus:
+    """The recorded attempts, and after them those that are at work on a node.
+
+    A run that was at work and is not any more, without having ended (suspended, or its pod replaced), is counted here.
+    """
     over = tuple(a for a in job.status.attempts if a.outcome)
-    live = []
+    live: list[Attempt] = []
     for task, n in current(job.spec, job.status):
         name = task.job_name(job.metadata.name, n)
         state = seen.attempts.get(name)
@@ -101,4 +107,9 @@ def with_live_attempts(job: Job, seen: Observed) -> JobStatus:
                     number=n, stage=task.stage, artifact=task.artifact, job=name, node=state.node, started=state.started
                 )
             )
-    return job.status.model_copy(update={"attempts": (*over, *live)})
+    running = {(attempt.job, attempt.started) for attempt in live}
+    usage = job.status.usage
+    for attempt in job.status.attempts:
+        if not attempt.outcome and (attempt.job, attempt.started) not in running:
+            usage = budget.with_run(usage, attempt, now, job.status.plan)
+    return job.status.model_copy(update={"attempts": (*over, *live), "usage": usage})

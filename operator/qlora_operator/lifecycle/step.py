@@ -32,6 +32,17 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Remove:
+    """Delete the attempt's Job and its order."""
+
+    task: Task
+    attempt: int
+
+    def describe(self) -> str:
+        return f"remove {self.task.name}, attempt {self.attempt}"
+
+
+@dataclass(frozen=True)
 class CreateWorkVolume:
     """Claim the work volume, as large as the plan says."""
 
@@ -47,7 +58,7 @@ class DeleteWorkVolume:
         return "delete the work volume"
 
 
-Action = Start | Stop | CreateWorkVolume | DeleteWorkVolume
+Action = Start | Stop | Remove | CreateWorkVolume | DeleteWorkVolume
 
 
 @dataclass(frozen=True)

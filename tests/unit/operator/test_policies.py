@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qlora_api.v1alpha1 import JobStatus, Phase, WorkVolume
+from qlora_api.v1alpha1 import JobStatus, Phase, Progress, Usage, WorkVolume
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Seen, Stopping
 from qlora_operator.lifecycle.policies import POLICIES, call_refused, needs_nodes, next_step
-from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Step, Stop
+from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import tasks
 from tests.unit.operator import given
 from tests.unit.operator.given import BOTH, INSPECT, MERGE, NOW, PUBLISH_ADAPTER, PUBLISH_MERGED, TRAIN
@@ -28,6 +28,15 @@ FULL: dict[str, Any] = {"output.formats": BOTH}
 SUSPENDED: dict[str, Any] = {"suspend": True}
 OWN_CLAIM: dict[str, Any] = {"storage.claimName": "scratch"}
 EDITED: dict[str, Any] = {"suspend": True, "hardware": {"gpuProducts": ["Tesla-T4"]}}
+
+
+HOUR: dict[str, Any] = {"budget.maxGPUHours": 1}
+KEPT: dict[str, Any] = {"storage.retain": "Keep"}
+
+
+def ran(*, minutes: float) -> Active:
+    """An attempt that has been at work for so long."""
+    return Active(node="node-1", started=NOW - timedelta(minutes=minutes))
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,38 @@ CASES = [
     Case("and suspending is obeyed beside it", job({"suspend": True, "hardware.gpus": 2}, INSPECT), [Stop(TRAIN, 1)],
          "Pending", "NotSupported", kstatus="Failed", attempts={"train-1": RUNNING}),
 
+    # --- the budget ---
+    Case("within its budget it runs, and is looked at when that ends", job(HOUR, INSPECT), [], "Training", "Running",
+         attempts={"train-1": ran(minutes=50)}, after=600),
+    Case("the budget of GPU-hours is used up: stopped, with a checkpoint", job(HOUR, INSPECT), [Stop(TRAIN, 1)],
+         "Training", "BudgetExceeded", attempts={"train-1": ran(minutes=61)}, after=2,
+         says="used 1.017 GPU-hours, spec.budget.maxGPUHours is 1; stopping"),
+    Case("while it writes its checkpoint it is not over", job(HOUR, INSPECT, usage=Usage(gpu_seconds=3700)), [],
+         "Training", "BudgetExceeded", attempts={"train-1": Stopping()}, after=2),
+    Case("stopped: the job has failed, and says what it used and where it was", job(HOUR, INSPECT,
+         usage=Usage(gpu_seconds=3700), progress=Progress(step=7, steps=12)), [], "Failed", "BudgetExceeded",
+         kstatus="Failed", after=0, conditions={"Failed": "True"},
+         says="training was at step 7 of 12, its checkpoint is kept on the claim support-bot-work"),
+    Case("earlier runs count", job(HOUR, INSPECT, usage=Usage(gpu_seconds=1800)), [Stop(TRAIN, 1)], "Training",
+         "BudgetExceeded", attempts={"train-1": ran(minutes=31)}, after=2),
+    Case("what was trained in time may be published", job(HOUR, INSPECT, TRAIN, usage=Usage(gpu_seconds=3700)),
+         [Start(PUBLISH_ADAPTER, 1)], "Publishing", "Starting"),
+    Case("the time that pods ran is used up", job({"budget.maxRuntime": "30m"}, INSPECT, TRAIN,
+         usage=Usage(run_seconds=1795)), [Stop(PUBLISH_ADAPTER, 1)], "Publishing", "BudgetExceeded", after=2,
+         attempts={"publish-adapter-1": ran(minutes=1)}, says="ran for 0:30:55, spec.budget.maxRuntime is 30m"),
+    Case("while suspended a budget can still be raised", job(HOUR | SUSPENDED, INSPECT,
+         usage=Usage(gpu_seconds=3700)), [], "Suspended", "Suspended"),
+
     # --- afterwards ---
+    Case("its time to live is not over", over(Phase.SUCCEEDED, KEPT | {"ttlSecondsAfterFinished": 60}, INSPECT, TRAIN,
+         completion_time=NOW - timedelta(seconds=20)), [], "Succeeded", "", kstatus="Current", after=40),
+    Case("it is: pods and orders go", over(Phase.SUCCEEDED, KEPT | {"ttlSecondsAfterFinished": 60}, INSPECT, TRAIN,
+         completion_time=NOW - timedelta(seconds=60)), [Remove(INSPECT, 1), Remove(TRAIN, 1)], "Succeeded", "",
+         kstatus="Current"),
+    Case("and the work volume that a failed job has kept", over(Phase.FAILED, {"ttlSecondsAfterFinished": 0}, INSPECT,
+         completion_time=NOW), [Remove(INSPECT, 1), DeleteWorkVolume()], "Failed", "", kstatus="Current"),
+    Case("once", over(Phase.SUCCEEDED, KEPT | {"ttlSecondsAfterFinished": 0}, INSPECT, completion_time=NOW,
+         cleanup_time=NOW), [], "Succeeded", "", kstatus="Current"),
     *[Case(f"{phase.lower()}, retain {retain}: {'kept' if kept else 'given back'}", over(phase,
            {"storage.retain": retain}, INSPECT, TRAIN, PUBLISH_ADAPTER), [] if kept else
            [Stop(TRAIN, 1), Stop(PUBLISH_ADAPTER, 1), DeleteWorkVolume()], phase, "", kstatus="Current")
@@ -313,7 +353,7 @@ def test_training_brings_scores_loss_measured_memory_and_the_adapter() -> None:
     of = job(None, INSPECT)
     status = next_step(of, given.seen(of, {"train-1": given.succeeded(TRAIN)}), NOW).status
     assert status.progress is not None
-    assert (status.progress.loss, status.progress.step, status.progress.percent) == (0.5124, 12, 66)
+    assert (status.progress.loss, status.progress.step, status.progress.percent) == (0.5124, 12, 94)
     assert status.evaluation is not None
     assert [(s.metric, s.base, s.tuned) for s in status.evaluation.scores] == [("exactMatch", 0.1, 0.7)]
     assert status.plan is not None
