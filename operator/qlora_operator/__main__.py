@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from qlora_operator import settings
-from qlora_operator.handlers import run
+from qlora_operator.run import run
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -12,6 +12,7 @@ from kubernetes.aio import client, config
 from kubernetes.aio.config import ConfigException
 
 from qlora_api.v1alpha1 import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from qlora_operator.leadership import PatientLease, Replica
 from qlora_operator.manifests.names import JOB_LABEL
 
 FIELD_MANAGER = "qlora-operator"
@@ -52,6 +53,7 @@ class Cluster:
         self._api = api
         self._core = client.CoreV1Api(api)
         self._batch = client.BatchV1Api(api)
+        self._authentication = client.AuthenticationV1Api(api)
         self._custom = client.CustomObjectsApi(api)
 
     async def close(self) -> None:
@@ -159,6 +161,49 @@ class Cluster:
             "PersistentVolumeClaim": self._core.delete_namespaced_persistent_volume_claim_without_preload_content,
             "Job": self._batch.delete_namespaced_job_without_preload_content,
         }[kind]
+
+    # --- trainers that report ---
+
+    async def pod(self, namespace: str, name: str) -> Raw | None:
+        call = self._core.read_namespaced_pod_without_preload_content
+        return await _found(f"get Pod {name}", call(name, namespace))
+
+    async def review_token(self, token: str, audience: str) -> Raw:
+        """The status of a TokenReview: whether the API server has issued `token` for `audience`, and to whom."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        create: Any = self._authentication.create_token_review_without_preload_content
+        return (await _answered("review a token", create(body)))["status"]
+
+    # --- the operator's own ---
+
+    def lease(self, name: str, replica: Replica, answered: Callable[[], None]) -> PatientLease:
+        return PatientLease(name, replica, self._api, answered)
+
+    async def secret(self, namespace: str, name: str) -> Raw | None:
+        call = self._core.read_namespaced_secret_without_preload_content
+        return await _found(f"get Secret {name}", call(name, namespace))
+
+    async def put_secret(self, secret: Raw) -> None:
+        """Create `secret`, or, where it has a resourceVersion, replace that version of it."""
+        metadata = secret["metadata"]
+        namespace, name = metadata["namespace"], metadata["name"]
+        if "resourceVersion" in metadata:
+            replace: Any = self._core.replace_namespaced_secret_without_preload_content
+            await _answered(f"replace Secret {name}", replace(name, namespace, secret, field_manager=FIELD_MANAGER))
+        else:
+            create: Any = self._core.create_namespaced_secret_without_preload_content
+            await _answered(f"create Secret {name}", create(namespace, secret, field_manager=FIELD_MANAGER))
+
+    async def label_pod(self, namespace: str, name: str, labels: Mapping[str, str | None]) -> None:
+        """Set labels of a pod; None takes one away."""
+        patch: Any = self._core.patch_namespaced_pod_without_preload_content
+        body = {"metadata": {"labels": dict(labels)}}
+        call = patch(name, namespace, body, field_manager=FIELD_MANAGER, _content_type="application/merge-patch+json")
+        await _answered(f"label Pod {name}", call)
 
     # --- the cluster at large ---
 

@@ -1,4 +1,7 @@
-"""/healthz and /readyz: alive while the resync loop goes round, ready after its first round."""
+"""/healthz and /readyz: alive while the loop goes round, ready after its first round.
+
+The leader's loop is the resync; that of a replica that stands by is its look at the Lease.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,19 @@ class Probes:
         self._settings = settings
         self._started = time.monotonic()
         self._last_beat: float | None = None
+        self.leads = False
+
+    def lead(self) -> None:
+        """From now on this replica leads, and only `beat` counts."""
+        self.leads = True
+
+    def stands_by(self) -> None:
+        """The Lease was looked at, and is another's."""
+        if not self.leads:
+            self.beat()
 
     def beat(self) -> None:
-        """A round of the resync loop is done."""
+        """A round of the loop is done."""
         self._last_beat = time.monotonic()
 
     async def serve(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,23 +15,43 @@ from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.conditions import unreadable
 from qlora_operator.lifecycle.observed import Job, Observed, Seen, see
 from qlora_operator.lifecycle.policies import FINISHED, call_refused, needs_nodes, next_step, work_claim
-from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Start, Stop
+from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Stop
 from qlora_operator.lifecycle.tasks import current
 from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.jobs import stage_job
 from qlora_operator.manifests.orders import config_map
+from qlora_operator.manifests.reporting import Endpoint
+from qlora_operator.reports import Reports
 from qlora_operator.settings import Settings
 from qlora_operator.workqueue import Key
 
 log = logging.getLogger(__name__)
 
 
+#: So long a status is left alone while nothing but progress is new.
+PROGRESS_PAUSE = timedelta(seconds=10)
+
+
+def progress_alone(before: JobStatus, after: JobStatus) -> bool:
+    """Whether the two differ, and in nothing but in what trainers report."""
+    return before != after and before.model_copy(update={"progress": after.progress}) == after
+
+
 class Reconciler:
     """Brings one job at a time to where it should be."""
 
-    def __init__(self, cluster: Cluster, settings: Settings) -> None:
+    def __init__(
+        self, cluster: Cluster, settings: Settings, reports: Reports | None = None, endpoint: Endpoint | None = None
+    ) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._reports = reports
+        self._endpoint = endpoint
+        self._written: dict[str, datetime] = {}
+
+    def keep_only(self, uids: Set[str]) -> None:
+        """Forget jobs that are gone."""
+        self._written = {uid: at for uid, at in self._written.items() if uid in uids}
 
     async def __call__(self, key: Key) -> timedelta | None:
         """One pass over the job `key`; when to look again. Raises `ApiError` when the API server refuses a call."""
@@ -53,8 +73,15 @@ class Reconciler:
             if job.status.phase not in FINISHED:
                 await self._write(raw, job.status, call_refused(job, "ApiError", str(error), now), now)
             raise
+        if progress_alone(job.status, step.status) and (left := self._until_next_write(job, now)):
+            return left if step.after is None else min(left, step.after)
         await self._write(raw, job.status, step.status, now)
         return step.after
+
+    def _until_next_write(self, job: Job, now: datetime) -> timedelta | None:
+        """None when the job's status was not written for `PROGRESS_PAUSE`."""
+        left = self._written.get(job.metadata.uid, now - PROGRESS_PAUSE) + PROGRESS_PAUSE - now
+        return left if left > timedelta() else None
 
     async def observe(self, job: Job) -> Observed:
         """What the cluster has of the job, by live reads of its children's fixed names."""
@@ -70,7 +97,8 @@ class Reconciler:
                 require_ours(claim, job.metadata.uid)
             claims[work_claim(job)] = claim is not None
         nodes = await self._cluster.nodes() if needs_nodes(job) else None
-        return Observed(attempts, claims, nodes, self._settings.tolerations)
+        reported = self._reports.newest(job.metadata.uid) if self._reports else None
+        return Observed(attempts, claims, nodes, self._settings.tolerations, reported)
 
     async def _attempt(self, namespace: str, name: str, owner: str) -> Seen:
         found = await self._cluster.stage_job(namespace, name)
@@ -83,10 +111,14 @@ class Reconciler:
         log.info("%s/%s: %s", namespace, job.metadata.name, action.describe())
         match action:
             case Start(task, attempt):
-                await self._cluster.create(config_map(job, task, attempt, self._settings))
-                await self._cluster.create(stage_job(job, task, attempt, self._settings))
+                await self._cluster.create(config_map(job, task, attempt, self._settings, self._endpoint))
+                await self._cluster.create(stage_job(job, task, attempt, self._settings, self._endpoint))
             case Stop(task, attempt):
                 await self._cluster.delete("Job", namespace, task.job_name(job.metadata.name, attempt), uid)
+            case Remove(task, attempt):
+                name = task.job_name(job.metadata.name, attempt)
+                await self._cluster.delete("Job", namespace, name, uid)
+                await self._cluster.delete("ConfigMap", namespace, name, uid)
             case CreateWorkVolume():
                 await self._cluster.create(work_volume_claim(job, self._settings))
             case DeleteWorkVolume():
@@ -108,6 +140,7 @@ class Reconciler:
         if document == raw.get("status"):
             return
         metadata = Metadata.model_validate(raw["metadata"], by_alias=True, by_name=False)
+        self._written[raw["metadata"]["uid"]] = now
         if await self._cluster.apply_status(raw["metadata"], document):
             for event in events.between(before, after):
                 await self._cluster.create_event(metadata.namespace, events.manifest(event, metadata, now))

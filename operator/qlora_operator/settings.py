@@ -52,6 +52,11 @@ class Settings(_Strict):
     grace_seconds: int = Field(default=120, ge=5, description="What a stage gets to write its checkpoint on SIGTERM.")
     workers: int = Field(default=8, ge=1, le=64, description="Jobs looked at concurrently.")
     resync_seconds: int = Field(default=60, ge=5, description="How often everything is listed anew.")
+    lease: str = Field(default="qlora-operator", description="Name of the Lease by which replicas agree on a leader.")
+    report_service: str = Field(
+        default="qlora-operator-reports", description="Name of the Service that leads trainers' reports to the leader."
+    )
+    report_port: int = Field(default=8443, ge=1, le=65535, description="Takes the trainers' reports, over HTTPS.")
     probe_port: int = Field(default=8080, ge=1, le=65535, description="Serves /healthz and /readyz.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ class WorkQueue:
         self._queued: set[Key] = set()
         self._at_work: set[Key] = set()
         self._failures: dict[Key, int] = {}
+        self._closed = False
         self._timers: dict[Key, asyncio.TimerHandle] = {}
 
     def add(self, key: Key) -> None:
@@ -36,9 +38,20 @@ class WorkQueue:
 
     def add_after(self, key: Key, delay: timedelta) -> None:
         """Queue `key` after `delay`, unless it is queued before."""
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if key in self._queued or (timer and timer.when() <= loop.time() + delay.total_seconds()):
+            return
         self._drop_timer(key)
-        if key not in self._queued:
-            self._timers[key] = asyncio.get_running_loop().call_later(delay.total_seconds(), self.add, key)
+        self._timers[key] = loop.call_later(delay.total_seconds(), self.add, key)
+
+    async def drain(self, seconds: float) -> None:
+        """Take up no more keys, and wait for the passes at work, at most so long."""
+        self._closed = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._at_work:
+                    await asyncio.sleep(0.05)
 
     async def work(self, reconcile: Callable[[Key], Awaitable[timedelta | None]]) -> None:
         """Call `reconcile` for keys as they come, for ever. It returns when to look at the key again, or None.
@@ -47,6 +60,8 @@ class WorkQueue:
         """
         while True:
             key = await self._ready.get()
+            if self._closed:
+                continue
             self._queued.discard(key)
             self._at_work.add(key)
             again: timedelta | None = None

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJob
+from qlora_operator.leadership import LEADER_LABEL
 from qlora_operator.settings import DEFAULT_PATH, Settings
 from tests.cluster import Cluster, build, ensure_up
 from tests.cluster.client import KubectlError
@@ -99,6 +100,9 @@ def test_the_objects_of_an_installation():
         ("Deployment", NAMESPACE, RELEASE),
         ("ClusterRole", None, f"{NAMESPACE}:{RELEASE}"),
         ("ClusterRoleBinding", None, f"{NAMESPACE}:{RELEASE}"),
+        ("Role", NAMESPACE, f"{RELEASE}-replica"),
+        ("RoleBinding", NAMESPACE, f"{RELEASE}-replica"),
+        ("Service", NAMESPACE, f"{RELEASE}-reports"),
     }
 
 
@@ -174,14 +178,24 @@ def test_a_package_without_the_crd_says_what_to_do(tmp_path: Path):
 # Rights
 
 Right = tuple[str, str, str]
-RIGHTS_ON_NODES = {("", "nodes", verb) for verb in ("get", "list", "watch")}
+RIGHTS_IN_THE_CLUSTER = {
+    *(("", "nodes", verb) for verb in ("get", "list", "watch")),
+    ("authentication.k8s.io", "tokenreviews", "create"),
+}
+RIGHTS_OF_REPLICAS = {
+    *(("coordination.k8s.io", f"leases {RELEASE}", verb) for verb in ("get", "update")),
+    *(("", f"secrets {RELEASE}-reports-tls", verb) for verb in ("get", "update")),
+    ("coordination.k8s.io", "leases", "create"),
+    ("", "secrets", "create"),
+    ("", "pods", "patch"),
+}
 RIGHTS_WHERE_JOBS_ARE = {
     (group, resource, verb)
     for group, resource, verbs in (
         ("qlora.dev", "qlorajobs", "get list watch"),
         ("qlora.dev", "qlorajobs/status", "patch"),
         ("batch", "jobs", "get list watch create delete"),
-        ("", "pods", "list watch"),
+        ("", "pods", "get list watch"),
         ("", "configmaps", "get create delete"),
         ("", "persistentvolumeclaims", "get create delete"),
         ("", "events", "create"),
@@ -191,12 +205,17 @@ RIGHTS_WHERE_JOBS_ARE = {
 
 
 def rights(role: Manifest) -> set[Right]:
-    """Every (group, resource, verb) of a role. A rule of another shape (names, URLs, aggregation) is an error."""
+    """Every (group, resource, verb) of a role, `resource name` where it is limited to a name.
+
+    A rule of another shape (URLs, aggregation) is an error.
+    """
     assert set(role) == {"apiVersion", "kind", "metadata", "rules"}
     found: set[Right] = set()
     for rule in role["rules"]:
-        assert set(rule) == {"apiGroups", "resources", "verbs"}
-        found |= {(g, r, v) for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+        assert set(rule) - {"resourceNames"} == {"apiGroups", "resources", "verbs"}
+        names = [f" {name}" for name in rule.get("resourceNames", ())] or [""]
+        which = [f"{resource}{name}" for resource in rule["resources"] for name in names]
+        found |= {(g, r, v) for g in rule["apiGroups"] for r in which for v in rule["verbs"]}
     return found
 
 
@@ -225,12 +244,13 @@ def granted(values: Values) -> dict[str | None, set[Right]]:
 
 
 def test_rights_in_the_whole_cluster():
-    assert granted({}) == {None: RIGHTS_ON_NODES | RIGHTS_WHERE_JOBS_ARE}
+    assert granted({}) == {None: RIGHTS_IN_THE_CLUSTER | RIGHTS_WHERE_JOBS_ARE, NAMESPACE: RIGHTS_OF_REPLICAS}
 
 
 def test_rights_in_named_namespaces_alone():
     assert granted({"namespaces": ["team-a", "team-b"]}) == {
-        None: RIGHTS_ON_NODES,
+        None: RIGHTS_IN_THE_CLUSTER,
+        NAMESPACE: RIGHTS_OF_REPLICAS,
         "team-a": RIGHTS_WHERE_JOBS_ARE,
         "team-b": RIGHTS_WHERE_JOBS_ARE,
     }
@@ -240,7 +260,7 @@ def test_an_account_of_the_users_own_gets_the_rights_and_is_not_made():
     values = {"serviceAccount": {"create": False, "name": "ours"}}
     assert of_kind("ServiceAccount", values) == []
     assert pod(values)["spec"]["serviceAccountName"] == "ours"
-    assert granted(values)[None] == RIGHTS_ON_NODES | RIGHTS_WHERE_JOBS_ARE
+    assert granted(values)[None] == RIGHTS_IN_THE_CLUSTER | RIGHTS_WHERE_JOBS_ARE
 
 
 # The pod
@@ -280,15 +300,22 @@ def test_every_pod_is_restricted():
             assert container["resources"]["limits"] == {"memory": "512Mi"}
 
 
-def test_one_operator_at_a_time():
-    spec = the("Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_reports_are_led_to_the_leader():
+    service, values = the("Service"), {"operator": {"replicas": 2}, "reportPort": 9443}
+    assert the("Deployment", values)["spec"]["replicas"] == 2
+    assert service["metadata"]["name"] == settings()["reportService"]
+    assert service["spec"]["selector"].items() - {(LEADER_LABEL, "true")} <= pod()["metadata"]["labels"].items()
+    assert service["spec"]["selector"][LEADER_LABEL] == "true"
+    (container,) = pod(values)["spec"]["containers"]
+    assert {"name": "reports", "containerPort": 9443} in container["ports"]
+    assert (settings(values)["reportPort"], the("Service", values)["spec"]["ports"][0]["port"]) == (9443, 9443)
+    assert settings()["lease"] == RELEASE
 
 
 def test_probes_ask_the_port_that_the_operator_opens():
     (container,) = pod({"probePort": 9090})["spec"]["containers"]
     assert settings({"probePort": 9090})["probePort"] == 9090
-    assert container["ports"] == [{"name": "probes", "containerPort": 9090}]
+    assert {"name": "probes", "containerPort": 9090} in container["ports"]
     asked = {kind: container[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert asked == {
         "startupProbe": {"path": "/healthz", "port": "probes"},
@@ -416,9 +443,13 @@ def test_every_setting_of_the_operator_is_a_value_of_the_chart():
         "workers": 2,
         "resyncSeconds": 10,
         "probePort": 9090,
+        "reportPort": 9443,
     }
+    every["fullnameOverride"] = "ours"
     written = settings(every)
-    assert written == {"trainerImage": written["trainerImage"], **every}
+    named = {"lease": "ours", "reportService": "ours-reports"}
+    del every["fullnameOverride"]
+    assert written == {"trainerImage": written["trainerImage"], **named, **every}
     assert set(written) == {field.alias for field in Settings.model_fields.values()}
     read = Settings.model_validate(written)
     defaults = Settings(trainer_image="")
@@ -441,7 +472,8 @@ class Refused(NamedTuple):
 
 REFUSED = [
     Refused({"worker": 8}, "", "additional properties 'worker' not allowed"),
-    Refused({"operator": {"replicas": 2}}, "/operator", "additional properties 'replicas' not allowed"),
+    Refused({"operator": {"replica": 2}}, "/operator", "additional properties 'replica' not allowed"),
+    Refused({"operator": {"replicas": -1}}, "/operator/replicas", "minimum: got -1, want 0"),
     Refused({"operator": {"image": {"registry": "a"}}}, "/operator/image", "additional properties 'registry'"),
     Refused({"operator": {"image": None}}, "/operator", "missing property 'image'"),
     Refused({"operator": {"image": {"repository": "a/b:v1"}}}, "/operator/image/repository", "does not match"),

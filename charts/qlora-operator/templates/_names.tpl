@@ -22,6 +22,10 @@
 {{ .Values.serviceAccount.name | default (include "qlora-operator.fullname" .) }}
 {{- end }}
 
+{{- define "qlora-operator.reportService" -}}
+{{ include "qlora-operator.fullname" . | trunc 55 | trimSuffix "-" }}-reports
+{{- end }}
+
 {{- define "qlora-operator.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "qlora-operator.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from qlora_api.exchange import CLAIMS_MOUNT, ORDER_PATH, WORK_MOUNT, ExitCode, Stage, claim_of
 from qlora_api.v1alpha1 import Plan
+from qlora_operator.lifecycle.answers import Outcome
 from qlora_operator.lifecycle.observed import CONTAINER, Job
 from qlora_operator.lifecycle.policies import work_claim
-from qlora_operator.lifecycle.tasks import Task
+from qlora_operator.lifecycle.tasks import Task, ended
+from qlora_operator.manifests import reporting
 from qlora_operator.manifests.names import child_metadata, labels
+from qlora_operator.manifests.orders import ORDER_KEY
+from qlora_operator.manifests.reporting import Endpoint
 from qlora_operator.placement.choice import with_headroom
 from qlora_operator.placement.flavours import MEMORY, MIB, PRODUCT, RESOURCE
 from qlora_operator.planner import CPU, GPU_TOLERATION
 from qlora_operator.settings import Settings
 
 USER = 65532
+HOSTNAME = "kubernetes.io/hostname"
 SCRATCH_LIMIT = "4Gi"
 SCRATCH_MOUNT = "/tmp"
 
@@ -44,8 +50,11 @@ CONTAINER_SECURITY: dict[str, Any] = {
 }
 
 
-def stage_job(job: Job, task: Task, attempt: int, settings: Settings) -> dict[str, Any]:
-    """The Job that runs `task`'s attempt; its order is the ConfigMap of the same name."""
+def stage_job(
+    job: Job, task: Task, attempt: int, settings: Settings, endpoint: Endpoint | None = None
+) -> dict[str, Any]:
+    """The Job that runs `task`'s attempt; its order is the ConfigMap of the same name. Only train reports progress."""
+    endpoint = endpoint if task.stage is Stage.TRAIN else None
     name = task.job_name(job.metadata.name, attempt)
     return {
         "apiVersion": "batch/v1",
@@ -55,7 +64,7 @@ def stage_job(job: Job, task: Task, attempt: int, settings: Settings) -> dict[st
             "backoffLimit": 0,
             "podFailurePolicy": POD_FAILURE_POLICY,
             "podReplacementPolicy": "Failed",  # never two pods at one work directory
-            "template": {"metadata": _pod_metadata(job, task), "spec": _pod(job, task, name, settings)},
+            "template": {"metadata": _pod_metadata(job, task), "spec": _pod(job, task, name, settings, endpoint)},
         },
     }
 
@@ -68,10 +77,11 @@ def _pod_metadata(job: Job, task: Task) -> dict[str, Any]:
     return metadata
 
 
-def _pod(job: Job, task: Task, order: str, settings: Settings) -> dict[str, Any]:
+def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoint | None) -> dict[str, Any]:
     template = job.spec.pod_template
     on_gpu = task.stage is Stage.TRAIN and job.spec.hardware.accelerator != CPU
-    mounts = _mounts(job, task)
+    mounts = _mounts(job, task, order, endpoint)
+    environment = {**(reporting.environment(job, endpoint) if endpoint else {}), **settings.stage_env}
     pull_secrets = [*settings.image_pull_secrets, *(s.name for s in template.image_pull_secrets or ())]
     tolerations = [
         *settings.tolerations,
@@ -79,7 +89,7 @@ def _pod(job: Job, task: Task, order: str, settings: Settings) -> dict[str, Any]
         *([GPU_TOLERATION] if on_gpu else []),
     ]
     optional = {
-        "affinity": _affinity(job.status.plan) if on_gpu else None,
+        "affinity": _affinity(job.status.plan if on_gpu else None, _unfit_nodes(job, task)),
         "imagePullSecrets": [{"name": secret} for secret in dict.fromkeys(pull_secrets)],
         "nodeSelector": dict(template.node_selector or {}),
         "priorityClassName": template.priority_class_name,
@@ -105,7 +115,8 @@ def _pod(job: Job, task: Task, order: str, settings: Settings) -> dict[str, Any]
                 "name": CONTAINER,
                 "image": template.image or settings.trainer_image,
                 "imagePullPolicy": settings.image_pull_policy,
-                "env": [{"name": key, "value": value} for key, value in sorted(settings.stage_env.items())],
+                "env": [{"name": key, "value": value} for key, value in sorted(environment.items())],
+                **({"ports": [reporting.PORT]} if task.stage is Stage.TRAIN else {}),
                 "resources": _resources(job, task, settings, on_gpu=on_gpu),
                 "securityContext": CONTAINER_SECURITY,
                 "terminationMessagePolicy": "File",  # logs may hold data, and the status has other readers
@@ -113,7 +124,7 @@ def _pod(job: Job, task: Task, order: str, settings: Settings) -> dict[str, Any]
             }
         ],
         "volumes": [
-            {"name": "order", "configMap": {"name": order}},
+            {"name": "order", "configMap": {"name": order, "items": [{"key": ORDER_KEY, "path": ORDER_KEY}]}},
             *(volume for volume, _ in mounts if volume["name"] != "order"),
         ],
         **{key: value for key, value in optional.items() if value},
@@ -133,23 +144,34 @@ def _resources(job: Job, task: Task, settings: Settings, *, on_gpu: bool) -> dic
     return {"requests": requests, "limits": limits}
 
 
-def _affinity(plan: Plan | None) -> dict[str, Any] | None:
-    """The planned flavour, by its labels; never a node's name."""
-    if plan is None:
-        return None
-    needed = with_headroom(plan.memory.total_bytes, plan.memory.headroom_percent)
-    expressions = [
-        {"key": PRODUCT, "operator": "In", "values": [plan.flavour]},
-        {"key": MEMORY, "operator": "Gt", "values": [str(-(-needed // MIB) - 1)]},
-    ]
-    required = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
-    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+def _affinity(plan: Plan | None, unfit: Sequence[str]) -> dict[str, Any] | None:
+    """The planned flavour, by its labels, and rather another node than those that an attempt has found unfit."""
+    node: dict[str, Any] = {}
+    if plan is not None:
+        needed = with_headroom(plan.memory.total_bytes, plan.memory.headroom_percent)
+        expressions = [
+            {"key": PRODUCT, "operator": "In", "values": [plan.flavour]},
+            {"key": MEMORY, "operator": "Gt", "values": [str(-(-needed // MIB) - 1)]},
+        ]
+        node["requiredDuringSchedulingIgnoredDuringExecution"] = {
+            "nodeSelectorTerms": [{"matchExpressions": expressions}]
+        }
+    if unfit:  # not required: where there is no other, its driver may have come back
+        others = {"matchExpressions": [{"key": HOSTNAME, "operator": "NotIn", "values": list(unfit)}]}
+        node["preferredDuringSchedulingIgnoredDuringExecution"] = [{"weight": 100, "preference": others}]
+    return {"nodeAffinity": node} if node else None
+
+
+def _unfit_nodes(job: Job, task: Task) -> list[str]:
+    """Nodes that an attempt at the task has found unfit, sorted."""
+    unfit = (a.node for a in ended(job.status, task) if a.outcome == Outcome.ENVIRONMENT_UNFIT and a.node)
+    return sorted(set(unfit))
 
 
 Mount = tuple[dict[str, Any], dict[str, Any]]
 
 
-def _mounts(job: Job, task: Task) -> list[Mount]:
+def _mounts(job: Job, task: Task, order: str, endpoint: Endpoint | None) -> list[Mount]:
     """Volume and mount of all that the stage reads and writes: read-only what it only reads."""
     order_dir = str(PurePosixPath(ORDER_PATH).parent)
     mounts: list[Mount] = [
@@ -160,6 +182,8 @@ def _mounts(job: Job, task: Task) -> list[Mount]:
         ),
         (_work_volume(job, task), {"name": "work", "mountPath": WORK_MOUNT}),
     ]
+    if endpoint is not None:
+        mounts.append((reporting.volume(order), reporting.MOUNT))
     writes = claim_of(job.spec.output.uri)[0] if task.stage is Stage.PUBLISH else None
     for claim in sorted(_claims(job, task)):
         read_only = claim != writes

@@ -24,19 +24,25 @@ from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.results import fingerprint
 from qlora_operator.lifecycle.tasks import Task
 from qlora_operator.manifests.names import child_metadata
+from qlora_operator.manifests.reporting import AUTHORITY_KEY, Endpoint
 from qlora_operator.settings import Settings
 
 ORDER_KEY = PurePosixPath(ORDER_PATH).name
 
 
-def config_map(job: Job, task: Task, attempt: int, settings: Settings) -> dict[str, Any]:
-    """The immutable ConfigMap with the attempt's order."""
+def config_map(
+    job: Job, task: Task, attempt: int, settings: Settings, endpoint: Endpoint | None = None
+) -> dict[str, Any]:
+    """The immutable ConfigMap with the attempt's order, and for train with whom to trust at the progress endpoint."""
+    data = {ORDER_KEY: order(job, task, attempt, settings).to_json()}
+    if endpoint is not None and task.stage is Stage.TRAIN:
+        data[AUTHORITY_KEY] = endpoint.authority
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": child_metadata(job, task.job_name(job.metadata.name, attempt), task),
         "immutable": True,
-        "data": {ORDER_KEY: order(job, task, attempt, settings).to_json()},
+        "data": data,
     }
 
 

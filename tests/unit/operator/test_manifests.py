@@ -29,6 +29,7 @@ from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task, tasks
 from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.jobs import stage_job
 from qlora_operator.manifests.orders import config_map, order
+from qlora_operator.manifests.reporting import Endpoint
 from qlora_operator.settings import Settings, StageResources
 from tests.unit.operator import given
 from tests.unit.operator.given import MIB
@@ -52,6 +53,8 @@ DECIDED = Settings(
     tolerations=[{"key": "dedicated", "operator": "Exists"}],
     grace_seconds=300,
 )
+ENDPOINT = Endpoint("https://qlora-operator-reports.qlora-system.svc:8443", "the authority, as PEM")
+ENDPOINTS = {"minimal": None, "full": ENDPOINT, "cpu": None}
 SETTINGS = {"minimal": PLAIN, "full": DECIDED, "cpu": PLAIN}
 
 
@@ -70,12 +73,12 @@ STAGES = [pytest.param(name, task, id=f"{name}: {task.name}") for name, task in 
 
 def children(name: str) -> list[Raw]:
     """All that the operator ever creates for the golden job, in order; orders are shown parsed."""
-    job, settings = JOBS[name], SETTINGS[name]
+    job, settings, endpoint = JOBS[name], SETTINGS[name], ENDPOINTS[name]
     found = [work_volume_claim(job, settings)] if job.spec.storage.claim_name is None else []
     for task in tasks(job.spec):
-        shown = config_map(job, task, 1, settings)
-        shown["data"] = {key: json.loads(text) for key, text in shown["data"].items()}
-        found += [shown, stage_job(job, task, 1, settings)]
+        shown = config_map(job, task, 1, settings, endpoint)
+        shown["data"]["order.json"] = json.loads(shown["data"]["order.json"])
+        found += [shown, stage_job(job, task, 1, settings, endpoint)]
     return found
 
 
@@ -99,7 +102,7 @@ def test_children_are_as_in_the_golden_file(name: str) -> None:
 
 
 def built(name: str, task: Task) -> Raw:
-    return stage_job(JOBS[name], task, 1, SETTINGS[name])
+    return stage_job(JOBS[name], task, 1, SETTINGS[name], ENDPOINTS[name])
 
 
 def pod(name: str, task: Task) -> Raw:
@@ -134,9 +137,12 @@ def test_every_pod_is_restricted_and_has_no_rights(name: str, task: Task) -> Non
         "readOnlyRootFilesystem": True,
         "runAsNonRoot": True,
     }
-    assert "ports" not in container
+    assert not any("hostPort" in port for port in container.get("ports", ()))
     kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
-    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim"}
+    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "projected"}
+    sources = [source for volume in spec["volumes"] for source in volume.get("projected", {}).get("sources", ())]
+    audiences = {source["serviceAccountToken"]["audience"] for source in sources if "serviceAccountToken" in source}
+    assert audiences <= {"qlora-progress"}, "a token of another audience would be one for the API server"
 
 
 @pytest.mark.parametrize(("name", "task"), STAGES)
@@ -311,3 +317,34 @@ def test_the_work_volume_is_as_large_as_planned_or_as_asked(
     assert claim["metadata"]["name"] == "support-bot-work"
     assert claim["spec"]["resources"]["requests"]["storage"] == size
     assert claim["spec"].get("storageClassName") == storage_class
+
+
+# --- reporting ---
+
+
+def test_only_train_pods_can_report_and_only_where_there_is_an_endpoint() -> None:
+    job = JOBS["full"]
+    for task in tasks(job.spec):
+        spec = stage_job(job, task, 1, DECIDED, ENDPOINT)["spec"]["template"]["spec"]
+        told = {entry["name"] for entry in spec["containers"][0]["env"]} & {"KUBEFLOW_TRAINER_SERVER_URL"}
+        mounted = any(volume["name"] == "progress" for volume in spec["volumes"])
+        in_order = "ca.crt" in config_map(job, task, 1, DECIDED, ENDPOINT)["data"]
+        assert {bool(told), mounted, in_order} == {task == TRAIN}
+    without = stage_job(job, TRAIN, 1, DECIDED)["spec"]["template"]["spec"]
+    assert not any(volume["name"] == "progress" for volume in without["volumes"])
+
+
+def test_the_order_mounts_alone_where_the_stage_reads_it() -> None:
+    (order_volume,) = (v for v in pod("full", TRAIN)["volumes"] if v["name"] == "order")
+    assert order_volume["configMap"]["items"] == [{"key": "order.json", "path": "order.json"}]
+
+
+def test_another_node_is_preferred_to_those_found_unfit() -> None:
+    unfit = given.attempt(TRAIN, 1, "EnvironmentUnfit", node="gpu-7")
+    crashed = given.attempt(TRAIN, 2, "Crashed", node="gpu-8")
+    job = given.history(given.job(), INSPECT, before=[unfit, crashed])
+    affinity = stage_job(job, TRAIN, 3, PLAIN)["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (preferred,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    (expression,) = preferred["preference"]["matchExpressions"]
+    assert expression == {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["gpu-7"]}
+    assert "requiredDuringSchedulingIgnoredDuringExecution" in affinity, "the flavour is still asked for"

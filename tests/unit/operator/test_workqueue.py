@@ -217,3 +217,49 @@ def test_a_new_timer_replaces_the_old_one() -> None:
             assert await desk.is_quiet()
 
     run(story)
+
+
+async def _runs(queue: WorkQueue, *, seconds: float) -> list[Key]:
+    """The keys that are worked on within so long."""
+    worked: list[Key] = []
+
+    async def note(key: Key) -> None:
+        worked.append(key)
+
+    worker = asyncio.create_task(queue.work(note))
+    await asyncio.sleep(seconds)
+    worker.cancel()
+    return worked
+
+
+def test_of_two_times_to_look_again_the_earlier_counts() -> None:
+    async def scene() -> list[Key]:
+        queue = WorkQueue()
+        queue.add_after(A, timedelta(seconds=0.05))
+        queue.add_after(A, timedelta(minutes=1))
+        queue.add_after(B, timedelta(minutes=1))
+        queue.add_after(B, timedelta(seconds=0.05))
+        return await _runs(queue, seconds=0.3)
+
+    assert sorted(asyncio.run(scene())) == [A, B]
+
+
+def test_at_the_end_what_is_at_work_is_finished_and_nothing_taken_up() -> None:
+    async def scene() -> tuple[list[Key], list[Key]]:
+        queue, begun, ended = WorkQueue(), list[Key](), list[Key]()
+
+        async def slowly(key: Key) -> None:
+            begun.append(key)
+            queue.add(B)
+            await asyncio.sleep(0.2)
+            ended.append(key)
+
+        worker = asyncio.create_task(queue.work(slowly))
+        queue.add(A)
+        await asyncio.sleep(0.05)
+        await queue.drain(5)
+        await asyncio.sleep(0.1)
+        worker.cancel()
+        return begun, ended
+
+    assert asyncio.run(scene()) == ([A], [A])
