@@ -30,7 +30,8 @@ def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task |
     if found := status.inspection:
         text = f"{found.architecture}, {found.shape.parameters:,} parameters, {found.examples:,} examples"
         said[ConditionType.INSPECTED] = ("True", "Inspected", text)
-    if plan := status.plan:
+    outdated = situation.phase is Phase.PLANNING and situation.reason != "Planned"
+    if (plan := status.plan) and not outdated:
         said[ConditionType.PLANNED] = ("True", "Planned", in_brief(plan))
     elif situation.phase is Phase.PLANNING or (situation.stance is Stance.FAILED and failed_at is None):
         said[ConditionType.PLANNED] = ("False", situation.reason, situation.message)

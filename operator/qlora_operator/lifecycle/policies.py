@@ -237,6 +237,7 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     keep = old.recipe if old and begun else None
     made = planner.plan(job.spec, inspection, seen.nodes or (), tolerations=seen.tolerations, keep=keep)
     if isinstance(made, Plan):
+        made = _not_larger_than_what_fitted(made, job.status)
         planned = job.status.model_copy(
             update={
                 "plan": made.model_copy(update={"planned_for": planned_for(job)}),
@@ -249,6 +250,16 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     if made.final:
         return _fail(job, seen, now, made.reason, made.message)
     return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message), after=WHEN_NODES_CHANGE)
+
+
+def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
+    """On GPUs that a training ran out of memory on, the micro-batch stays what it was brought down to."""
+    old = status.plan
+    ran_out = any(attempt.outcome == Outcome.OUT_OF_MEMORY for attempt in status.attempts)
+    if old is None or not ran_out or old.flavour != made.flavour or made.micro_batch_size <= old.micro_batch_size:
+        return made
+    kept = ("micro_batch_size", "gradient_accumulation", "memory")
+    return made.model_copy(update={name: getattr(old, name) for name in kept})
 
 
 def planned_for(job: Job) -> str:

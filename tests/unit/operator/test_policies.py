@@ -217,10 +217,17 @@ CASES = [
     # --- hardware edited while suspended ---
     Case("planned anew", planned_otherwise(job(EDITED, INSPECT, volume=False)), [], "Planning", "Planned", nodes=SMALL,
          says="1 × Tesla-T4", after=0),
+    Case("out of memory once: on the same GPUs the micro-batch stays halved", planned_otherwise(job(
+         {"suspend": True, "hardware.headroomPercent": 10}, INSPECT, before=[given.attempt(TRAIN, 1, "OutOfMemory")],
+         plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning", "Planned", nodes=NODES, after=0,
+         says="1 × NVIDIA-L40S, micro-batch 2"),
+    Case("on others it is as they allow", planned_otherwise(job(EDITED, INSPECT, before=[
+         given.attempt(TRAIN, 1, "OutOfMemory")], plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning",
+         "Planned", nodes=SMALL, after=0, says="1 × Tesla-T4, micro-batch 8"),
     Case("what runs is stopped before", planned_otherwise(job(EDITED, INSPECT)), [Stop(TRAIN, 1)], "Planning",
          "Replanning", nodes=SMALL, attempts={"train-1": RUNNING}, after=2),
     Case("nothing fits any more", planned_otherwise(job(EDITED, INSPECT)), [], "Planning", "NoFlavourFits", nodes=NODES,
-         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=60),
+         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=60, conditions={"Planned": "False"}),
     Case("after the training the plan stays", planned_otherwise(job(EDITED, INSPECT, TRAIN)), [], "Suspended",
          "Suspended"),
     Case("an edit that this version cannot do is no end: it can be taken back",
