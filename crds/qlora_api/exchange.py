@@ -319,6 +319,11 @@ class TrainResult(Document):
     eval_loss: float | None = None
     tokens: int = Field(ge=0, description="Tokens seen, padding not counted.")
     tokens_per_second: float = Field(ge=0)
+    mfu: float | None = Field(
+        default=None,
+        ge=0,
+        description="Model FLOPs utilisation, mean of this attempt's steps; absent where the GPU's peak is not known.",
+    )
     seconds: float = Field(ge=0, description="Spent in training steps, over all attempts.")
     device: str
     peak_memory_bytes: int = Field(

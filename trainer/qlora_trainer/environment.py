@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from qlora_api.exchange import CLAIMS_MOUNT, mounted_path
 from qlora_trainer.failures import BadInput, EnvironmentUnfit
 from qlora_trainer.interruption import Interruption
+from qlora_trainer.standing import Watcher
 
 if TYPE_CHECKING:
     import torch
@@ -23,10 +24,11 @@ log = logging.getLogger("qlora_trainer")
 
 @dataclass(frozen=True)
 class Pod:
-    """What surrounds a stage: where the claims are mounted, and whether the pod was told to stop."""
+    """What surrounds a stage: where the claims are mounted, whether the pod was told to stop, and who watches."""
 
     interruption: Interruption
     claims: str = CLAIMS_MOUNT
+    watchers: tuple[Watcher, ...] = ()
 
     def path_of(self, uri: str, field: str) -> Path:
         """Where `uri` lies here. Raises BadInput, naming `field` of the spec, when the scheme is not known."""
@@ -96,3 +98,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gpu_memory_bytes(device: torch.device) -> dict[str, int]:
+    """GPU memory by kind: allocated, reserved by the allocator, and the most it has reserved; empty on the CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return {}
+    statistics = torch.cuda.memory_stats(device)
+    return {
+        "allocated": statistics["allocated_bytes.all.current"],
+        "reserved": statistics["reserved_bytes.all.current"],
+        "reserved_peak": statistics["reserved_bytes.all.peak"],
+    }

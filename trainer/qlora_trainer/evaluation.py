@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ METRIC = "exactMatch"
 #: More tokens than the longest expected answer has: enough to see that an answer goes on where it should have ended.
 ANSWER_SLACK_TOKENS = 4
 GENERATION_BATCH = 32
+#: Called after each batch of what takes long, so that whoever waits knows that work goes on.
+Alive = Callable[[], object]
 
 
 def summed_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -45,18 +47,36 @@ def micro_batches(sequences: list[Sequence], size: int, *, pad: int, flat: bool)
 
 
 @torch.no_grad()
-def mean_loss(model: Any, sequences: list[Sequence], size: int, device: torch.device, *, pad: int, flat: bool) -> float:
+def mean_loss(
+    model: Any,
+    sequences: list[Sequence],
+    size: int,
+    device: torch.device,
+    *,
+    pad: int,
+    flat: bool,
+    alive: Alive = lambda: None,
+) -> float:
     """Loss per token of `sequences`; leaves the model in training mode if it was."""
     training = model.training
     model.eval()
-    batches = micro_batches(sequences, size, pad=pad, flat=flat)
-    total = sum(float(summed_loss(model, batch, device)) for batch in batches)
+    total = 0.0
+    for batch in micro_batches(sequences, size, pad=pad, flat=flat):
+        total += float(summed_loss(model, batch, device))
+        alive()
     model.train(training)
     return total / sum(sequence.loss_tokens for sequence in sequences)
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, name: str = "") -> list[str]:
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    name: str = "",
+    alive: Alive = lambda: None,
+) -> list[str]:
     """The model's most likely answer to each prompt, up to its end-of-turn token; special tokens are left out."""
     device = next(model.parameters()).device
     stops = stop_tokens(model, tokenizer)
@@ -82,6 +102,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens
         )
         for number, row in zip(chosen, generated[:, width:], strict=True):
             texts[number] = tokenizer.decode(row, skip_special_tokens=True)
+        alive()
         if name and (start // GENERATION_BATCH) % 10 == 9:
             log.info("%s: %d of %d answered", name, start + len(chosen), len(prompts))
     return texts
@@ -101,10 +122,12 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(stops - {None})
 
 
-def exact_match(model: Any, tokenizer: Any, golden: list[Example], name: str = "") -> float:
+def exact_match(
+    model: Any, tokenizer: Any, golden: list[Example], name: str = "", alive: Alive = lambda: None
+) -> float:
     """Share of golden examples that `model` answers exactly, but for white space around the answer."""
     expected = [example.expected.strip() for example in golden]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
     prompts = [prompt_tokens(tokenizer, example) for example in golden]
-    given = answers(model, tokenizer, prompts, longest + ANSWER_SLACK_TOKENS, name)
+    given = answers(model, tokenizer, prompts, longest + ANSWER_SLACK_TOKENS, name, alive)
     return sum(text.strip() == wanted for text, wanted in zip(given, expected, strict=True)) / len(golden)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_api.exchange import (
     CLAIMS_MOUNT,
+    METRICS_PORT,
     ORDER_PATH,
     REPORT_MAX_BYTES,
     REPORT_PATH,
     ExitCode,
+    Inspection,
+    MergeResult,
     Order,
+    PublishResult,
     Result,
     Stage,
+    TrainResult,
     failed,
     parse_order,
     succeeded,
@@ -25,6 +30,8 @@ from qlora_api.exchange import (
 from qlora_trainer.environment import Pod, log, prepare_process
 from qlora_trainer.failures import describe
 from qlora_trainer.interruption import Interruption
+from qlora_trainer.metrics import Metrics
+from qlora_trainer.reporting import Reporter, Server
 
 #: Where each stage is; imported when its turn comes, for publish needs no torch and merge no transformers.
 STAGES = {
@@ -51,19 +58,52 @@ def main() -> int:
     report_path = Path(os.environ.get("QLORA_REPORT", REPORT_PATH))
     order_path = Path(os.environ.get("QLORA_ORDER", ORDER_PATH))
     order: Order | None = None
+    reporter: Reporter | None = None
     try:
         text = order_path.read_text(encoding="utf-8")
         order = parse_order(text)
         log.info("%s of job %s/%s, attempt %d", order.stage, order.namespace, order.job, order.attempt)
-        report = succeeded(order, run_stage(order, pod))
-        report_path.write_text(report.fitted(), encoding="utf-8")
-        log.info("%s succeeded: %s", order.stage, json.dumps(report.result))
+        if order.stage is Stage.TRAIN:
+            metrics = Metrics()
+            port = int(os.environ.get("QLORA_METRICS_PORT", METRICS_PORT))
+            metrics.serve(port, os.environ.get("QLORA_METRICS_HOST"))
+            pod = replace(pod, watchers=(metrics,))
+            if server := Server.from_environment(os.environ):
+                reporter = Reporter(server)
+                pod = replace(pod, watchers=(metrics, reporter))
+        result = run_stage(order, pod)
+        report_path.write_text(succeeded(order, result).fitted(), encoding="utf-8")
+        log.info("%s succeeded: %s", order.stage, in_words(result))
         return ExitCode.SUCCEEDED
     except BaseException as error:  # noqa: BLE001  the one place where every end becomes an exit code and a message
         code, message = describe(error)
         log.error("%s", message, exc_info=error if code == 1 or log.isEnabledFor(logging.DEBUG) else None)
         report_path.write_text(failed(order, message).fitted() if order else _without_order(message), encoding="utf-8")
         return code
+    finally:
+        if reporter:
+            with interruption.deferred():
+                reporter.close()
+
+
+def in_words(result: Result) -> str:
+    """What came out, in a line for people."""
+    match result:
+        case Inspection():
+            return (
+                f"{result.architecture} of {result.shape.parameters:,} weights; {result.examples:,} examples of "
+                f"{result.tokens.total:,} tokens, in {result.sequences:,} sequences of at most {result.max_length:,}"
+            )
+        case TrainResult():
+            held_out = "" if result.eval_loss is None else f", {result.eval_loss:.4f} on held-out examples"
+            return (
+                f"{result.steps:,} steps in {result.seconds:,.0f} s on {result.device}, loss {result.train_loss:.4f}"
+                f"{held_out}; adapter {result.adapter_digest[:19]}"
+            )
+        case MergeResult():
+            return f"{result.bytes:,} bytes in {result.shards} files, {result.digest[:19]}; parity {result.parity:.1e}"
+        case PublishResult():
+            return f"{result.files} files of {result.bytes:,} bytes at {result.uri}, {result.digest[:19]}"
 
 
 def _without_order(message: str) -> str:

@@ -24,11 +24,13 @@ from qlora_trainer.data import read_corpus
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
 from qlora_trainer.evaluation import METRIC, exact_match, mean_loss, micro_batches, summed_loss
 from qlora_trainer.failures import BadInput, Diverged, Interrupted
+from qlora_trainer.flops import Work, peak_flops
 from qlora_trainer.inspection import log_samples
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.model import BaseModel, open_base
 from qlora_trainer.optimization import learning_rate, make_optimizer
 from qlora_trainer.quantization import load_for_training, quantized_modules
+from qlora_trainer.recording import Recorder
 from qlora_trainer.results import record, recorded
 from qlora_trainer.sequences import Sequence, Tokenisation, batches, cut, pack
 
@@ -84,7 +86,8 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     log.info("loading %s (%s) on %s", base.architecture, _precision(recipe), device_name(device))
     model = with_adapter(load_for_training(base, recipe, device), recipe, base)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    log.info("%d weights to train", sum(weight.numel() for weight in trained.values()))
+    adapter_parameters = sum(weight.numel() for weight in trained.values())
+    log.info("%d weights to train", adapter_parameters)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(recipe, trained.values())
@@ -104,8 +107,16 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     learning = Learning(
         model, optimizer, scaler, recipe, rows, eval_rows, steps, device, base.tokenizer.pad_token_id, flat
     )
+    recorder = Recorder(
+        pod.watchers,
+        progress,
+        steps=steps,
+        steps_per_epoch=recipe.steps_per_epoch(len(rows)),
+        work=Work(base.shape, adapter_parameters, peak_flops(device_name(device), recipe.compute_dtype)),
+        device=device,
+    )
     with pod.interruption.deferred():
-        learn(learning, progress, checkpoints, order, pod.interruption)
+        learn(learning, progress, checkpoints, order, pod.interruption, recorder)
 
     # what came out
     save_adapter(model, adapter_dir, order)
@@ -113,8 +124,8 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     if corpus.golden:
         model.eval()
         with model.disable_adapter():
-            before = exact_match(model, base.tokenizer, corpus.golden, "golden set, base")
-        after = exact_match(model, base.tokenizer, corpus.golden, "golden set, tuned")
+            before = exact_match(model, base.tokenizer, corpus.golden, "golden set, base", recorder.alive)
+        after = exact_match(model, base.tokenizer, corpus.golden, "golden set, tuned", recorder.alive)
         scores = [Score(metric=METRIC, base=before, tuned=after, examples=len(corpus.golden))]
         log.info("golden set of %d: exact match %.3f before, %.3f after", len(corpus.golden), before, after)
 
@@ -128,6 +139,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
         eval_loss=progress.eval_losses[-1][1] if progress.eval_losses else None,
         tokens=progress.tokens,
         tokens_per_second=round(progress.tokens / progress.seconds, 1) if progress.seconds else 0,
+        mfu=None if recorder.mfu is None else round(recorder.mfu, 4),
         seconds=round(progress.seconds, 1),
         device=device_name(device),
         peak_memory_bytes=peak_memory_bytes(device),
@@ -181,7 +193,12 @@ class Learning:
 
 
 def learn(
-    learning: Learning, progress: Progress, checkpoints: Checkpoints, order: TrainOrder, interruption: Interruption
+    learning: Learning,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    order: TrainOrder,
+    interruption: Interruption,
+    recorder: Recorder,
 ) -> None:
     """Go from `progress.step` to the last step. Raises Interrupted or out of memory with a checkpoint, or Diverged."""
     model, optimizer, scaler, recipe = learning.model, learning.optimizer, learning.scaler, learning.recipe
@@ -255,27 +272,22 @@ def learn(
         progress.tokens += tokens
         progress.losses.append(float(loss))
         progress.seconds += time.monotonic() - started
+        standing = recorder.stepped(progress, sequences, rate, float(norm))
         if progress.step in eval_steps:
             value = mean_loss(
-                model, learning.eval_rows, order.micro_batch_size, learning.device, pad=learning.pad, flat=learning.flat
-            )
+                model, learning.eval_rows, order.micro_batch_size, learning.device,
+                pad=learning.pad, flat=learning.flat, alive=recorder.alive,
+            )  # fmt: skip
             progress.eval_losses.append((progress.step, value))
+            recorder.evaluated(progress)
             log.info("step %d: eval loss %.4f", progress.step, value)
         last = progress.step == learning.steps
         if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES or last:
             said_at = time.monotonic()
-            log.info("%s", _line(learning, progress, rate, float(norm)))
+            log.info("%s", standing.line())
         if time.monotonic() - saved_at >= order.checkpoint_every_seconds or last:
             checkpoint()
             saved_step, saved_at = progress.step, time.monotonic()
-
-
-def _line(learning: Learning, progress: Progress, rate: float, norm: float) -> str:
-    left = (learning.steps - progress.step) * progress.seconds / progress.step
-    return (
-        f"step {progress.step}/{learning.steps}  loss {progress.losses[-1]:.4f}  lr {rate:.2e}  grad {norm:.2f}  "
-        f"{progress.tokens / progress.seconds:.0f} tokens/s  remaining {int(left) // 60}m{int(left) % 60:02d}s"
-    )
 
 
 def _precision(recipe: Recipe) -> str:

@@ -73,6 +73,7 @@ def _trained(status: JobStatus, result: TrainResult) -> JobStatus:
         loss=round(result.train_loss, 4),
         eval_loss=None if result.eval_loss is None else round(result.eval_loss, 4),
         tokens_per_second=round(result.tokens_per_second),
+        mfu=None if result.mfu is None else round(result.mfu, 3),
         remaining="0s",
     )
     update: dict[str, Any] = {"progress": progress}

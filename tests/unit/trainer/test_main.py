@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from qlora_api.exchange import ExitCode, Inspection, Order, TrainResult, parse_report
+from qlora_api.exchange import ExitCode, Inspection, MergeResult, Order, PublishResult, TrainResult, parse_report
 from qlora_trainer import ask
 from qlora_trainer.failures import describe
+from qlora_trainer.main import in_words
 from qlora_trainer.training import train
 
 from .conftest import Place, examples, write_jsonl
+from .progress_server import Endpoint
 
 
-def start(place: Place, order: Order | str) -> subprocess.Popen[str]:
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def start(place: Place, order: Order | str, more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """The process as a pod runs it: no home of its own, nothing in its environment but what the manifest says."""
     (place.root / "order.json").write_text(order if isinstance(order, str) else order.to_json())
     environment = {
@@ -31,6 +42,9 @@ def start(place: Place, order: Order | str) -> subprocess.Popen[str]:
         "QLORA_ORDER": str(place.root / "order.json"),
         "QLORA_CLAIMS": str(place.claims),
         "QLORA_REPORT": str(place.root / "report.json"),
+        "QLORA_METRICS_HOST": "127.0.0.1",
+        "QLORA_METRICS_PORT": str(free_port()),
+        **(more or {}),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_trainer"],
@@ -50,7 +64,30 @@ def test_an_order_in_a_result_out(place: Place) -> None:
     seen = Inspection.model_validate(parse_report(report).result)
     assert seen.examples == 48
     assert log.splitlines()[:2] == ["inspect of job team/tune, attempt 1", "looking at pvc://base/model"]
+    assert log.splitlines()[-1] == (
+        f"inspect succeeded: LlamaForCausalLM of {seen.shape.parameters:,} weights; 48 examples of "
+        f"{seen.tokens.total:,} tokens, in {seen.sequences} sequences of at most {seen.max_length}"
+    )
     assert "sparrow" not in log
+
+
+def test_a_training_can_be_watched_from_outside(place: Place) -> None:
+    """Its metrics while it runs, its progress to the last step before it was told to stop."""
+    order = place.train_order(recipe={"max_steps": 100_000, "learning_rate": 1e-4})
+    endpoint, port = Endpoint(place.root / "endpoint"), free_port()
+    with endpoint.running():
+        process = start(place, order, {**endpoint.environment, "QLORA_METRICS_PORT": str(port)})
+        assert process.stdout
+        next(line for line in process.stdout if line.startswith("step "))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == ExitCode.INTERRUPTED, rest
+    assert re.search(r"^qlora_train_step [1-9]", metrics, re.MULTILINE)
+    failure = parse_report((place.root / "report.json").read_text()).failure
+    assert failure and failure.startswith(f"told to stop at step {endpoint.steps()[-1]} of 100000")
+    assert endpoint.steps()[0] == "0"
 
 
 def test_bad_input_is_told_in_the_report(place: Place) -> None:
@@ -129,3 +166,17 @@ def test_asking_the_tuned_model_gives_what_training_scored(place: Place, capsys:
     assert ask.main([*arguments, "--prompt", "What is a sparrow?"]) == 0
     assert capsys.readouterr().out.strip() in ("bird", "fish", "rock", "tree", "flower")
     assert Path(place.work / "results" / "train.json").is_file()
+
+
+def test_results_are_told_in_a_line() -> None:
+    trained = TrainResult(
+        adapter_digest="sha256:0123456789abcdef0123", adapter_bytes=1, steps=1200, epochs=3.0, train_loss=0.51239,
+        eval_loss=0.6, tokens=1, tokens_per_second=1.0, seconds=4321.4, device="NVIDIA L40S", peak_memory_bytes=1,
+    )  # fmt: skip
+    assert in_words(trained) == (
+        "1,200 steps in 4,321 s on NVIDIA L40S, loss 0.5124, 0.6000 on held-out examples; adapter sha256:0123456789ab"
+    )
+    merged = MergeResult(digest="sha256:0123456789abcdef0123", bytes=2_000_000, shards=2, parity=0.0012)
+    assert in_words(merged) == "2,000,000 bytes in 2 files, sha256:0123456789ab; parity 1.2e-03"
+    published = PublishResult(uri="pvc://a/b", digest="sha256:0123456789abcdef0123", bytes=2_000_000, files=5)
+    assert in_words(published) == "5 files of 2,000,000 bytes at pvc://a/b, sha256:0123456789ab"
