@@ -11,13 +11,23 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
 from examples.quickstart.install import REPOSITORY, Images, install
 from examples.quickstart.upload import DATA, HERE, fill_claim
+from qlora_operator.leadership import LEADER_LABEL
 from tests.cluster import images
 from tests.cluster.client import Cluster, Manifest
 
 BROKEN_LINE = 3
 BROKEN = '{"messages": [{"role": "user", "content": "q"}, {"role": "asistant", "content": "a"}]}'
+
+
+VALUES = {
+    "cpuAllowed": True,
+    "stageEnv": {"OMP_NUM_THREADS": "1"},
+    "resyncSeconds": 10,
+    "operator": {"replicas": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,23 @@ class Product:
         return self.cluster.wait(expected, lambda: self.job(name), there, timeout, self.namespace, interval=1)
 
 
+def leader(cluster: Cluster) -> Manifest:
+    """The pod of the replica that leads."""
+    (pod,) = cluster.wait(
+        "one replica leads",
+        lambda: [
+            pod
+            for pod in cluster.list("pod", OPERATOR_NAMESPACE, f"{LEADER_LABEL}=true")
+            if "deletionTimestamp" not in pod["metadata"]
+        ],
+        lambda pods: len(pods) == 1,
+        timeout=60,
+        namespace=OPERATOR_NAMESPACE,
+        interval=0.5,
+    )
+    return pod
+
+
 def condition(job: Manifest, kind: str) -> Manifest:
     """The condition `kind` of a job; empty if it has none."""
     return next((c for c in job.get("status", {}).get("conditions", ()) if c["type"] == kind), {})
@@ -76,9 +103,9 @@ def quickstart(name: str, **spec: Any) -> Manifest:
 
 @pytest.fixture(scope="session")
 def product(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
-    """Installed so that a job that asks for a GPU may train on the CPU: the cluster's GPUs are faked."""
+    """Installed with two replicas, and so that a job that asks for a GPU may train on the CPU: the GPUs are faked."""
     built = Images(images.ensure("operator"), images.ensure("trainer"))
-    install(cluster, built, {"cpuAllowed": True, "stageEnv": {"OMP_NUM_THREADS": "1"}, "resyncSeconds": 10})
+    install(cluster, built, VALUES)
     namespace = f"e2e-{uuid.uuid4().hex[:6]}"
     cluster.create_namespace(namespace)
     broken = tmp_path_factory.mktemp("data") / "broken.jsonl"

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from examples.quickstart.upload import HERE, MOUNT, shell
 from qlora_api.exchange import Stage
 from tests.cluster import gpus, kwok, settings
 from tests.cluster.client import Cluster, Manifest
-from tests.e2e.conftest import Product, condition, quickstart
+from tests.e2e.conftest import Product, condition, leader, quickstart
 from tests.e2e.judge import judge
 
 pytestmark = pytest.mark.e2e
@@ -92,23 +93,22 @@ def run(product: Product) -> Iterator[Run]:
     )
     kill_operator(cluster)
     job = product.wait_for(NAME, "Succeeded", timeout=TIMEOUT_SECONDS)
-    operator = cluster.list("pod", OPERATOR_NAMESPACE)[0]
+    operators = cluster.list("pod", OPERATOR_NAMESPACE)
     yield Run(
         product,
         job,
         watch.stop(),
         product.pods(NAME),
         cluster.list("job", namespace, f"qlora.dev/job={NAME}"),
-        operator["status"]["containerStatuses"][0]["restartCount"],
+        sum(pod["status"]["containerStatuses"][0]["restartCount"] for pod in operators),
     )
     kwok.delete_nodes(cluster, fake)
     gpus.take(cluster)
 
 
 def kill_operator(cluster: Cluster) -> None:
-    """SIGKILL to the operator's process: nothing is handed over. The node's processes are this machine's."""
-    pods = [p for p in cluster.list("pod", OPERATOR_NAMESPACE) if p["status"]["phase"] == "Running"]
-    uid = pods[0]["metadata"]["uid"]
+    """SIGKILL to the leader's process: nothing is handed over. The node's processes are this machine's."""
+    uid = leader(cluster)["metadata"]["uid"]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and _is_operator_of(entry, uid):
             os.kill(int(entry.name), signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_the_published_merged_model_is_the_one_that_was_evaluated(run: Run) -> N
 
 def test_an_operator_killed_in_the_middle_loses_and_doubles_nothing(run: Run) -> None:
     assert run.operator_restarts >= 1
-    attempts = [(a["stage"], a.get("artifact"), a["n"], a["outcome"]) for a in run.job["status"]["attempts"]]
+    attempts = [(a["stage"], a.get("artifact"), a["number"], a["outcome"]) for a in run.job["status"]["attempts"]]
     assert sorted(attempts, key=str) == sorted(
         [
             ("inspect", None, 1, "Succeeded"),
@@ -181,6 +181,23 @@ def test_kstatus_tells_the_truth_at_every_instant(run: Run) -> None:
     for version, verdict in zip(run.versions, judge(run.versions), strict=True):
         over = version.get("status", {}).get("phase") == "Succeeded"
         assert verdict.status == ("Current" if over else "InProgress"), version.get("status")
+
+
+def test_the_training_is_seen_to_move_and_the_status_is_written_rarely(run: Run) -> None:
+    progress = [v["status"]["progress"] for v in run.versions if v.get("status", {}).get("phase") == "Training"]
+    steps = [p["step"] for p in progress if "step" in p]
+    assert len(set(steps)) > 3
+    assert steps == sorted(steps)
+    assert {"loss", "tokensPerSecond", "remaining", "lastReportTime", "epoch"} <= progress[-1].keys()
+    percents = [v["status"]["progress"]["percent"] for v in run.versions if "progress" in v.get("status", {})]
+    assert percents == sorted(percents)
+
+    (train,) = (a for a in run.job["status"]["attempts"] if a["stage"] == "train")
+    seconds = (datetime.fromisoformat(train["ended"]) - datetime.fromisoformat(train["started"])).total_seconds()
+    assert len(run.versions) <= 25 + seconds / 10
+    usage = run.job["status"]["usage"]
+    assert usage["gpuSeconds"] == pytest.approx(seconds, abs=2), "one GPU"
+    assert usage["runSeconds"] > usage["gpuSeconds"]
 
 
 def test_it_trains_on_the_smallest_flavour_that_fits(run: Run) -> None:
@@ -240,4 +257,6 @@ def _order(pod: Manifest) -> tuple[int, str]:
 def _source(volume: Manifest) -> str:
     if "persistentVolumeClaim" in volume:
         return f"claim {volume['persistentVolumeClaim']['claimName']}"
+    if "projected" in volume:
+        return "a token for progress reports, and whom to trust with it"
     return "the order (ConfigMap)" if "configMap" in volume else "scratch"
