@@ -65,6 +65,33 @@ def test_plan_review_go_then_suspend_and_resume(product: Product) -> None:
     )
 
 
+def test_a_job_over_its_budget_stops_with_a_checkpoint_and_is_cleaned_up_when_its_time_is_over(
+    product: Product,
+) -> None:
+    cluster, namespace = product.cluster, product.namespace
+    job = short("too-dear", budget={"maxRuntime": "40s"}, ttlSecondsAfterFinished=20)
+    job["spec"]["training"]["maxSteps"] = 5000
+    name = product.apply(job)
+    failed = product.wait_for(name, "Failed", timeout=300)
+
+    assert condition(failed, "Failed")["reason"] == "BudgetExceeded"
+    assert "spec.budget.maxRuntime is 40s" in failed["status"]["message"]
+    assert f"its checkpoint is kept on the claim {name}-work" in failed["status"]["message"]
+    assert 40 <= failed["status"]["usage"]["runSeconds"] <= 100
+    assert cluster.find("persistentvolumeclaim", f"{name}-work", namespace)
+
+    cluster.wait(
+        "its children are gone",
+        lambda: cluster.list("job,configmap,pod,persistentvolumeclaim", namespace, f"qlora.dev/job={name}"),
+        _is_empty,
+        timeout=120,
+        interval=1,
+    )
+    status = product.job(name)["status"]
+    assert (status["phase"], status["workVolume"]["retained"]) == ("Failed", False)
+    assert "cleanupTime" in status
+
+
 def test_a_broken_line_fails_the_job_on_a_cpu_pod_and_says_where(product: Product) -> None:
     dataset = {"train": [{"uri": "pvc://quickstart/broken.jsonl"}]}
     name = product.apply(quickstart("broken", dataset=dataset))
