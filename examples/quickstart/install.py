@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -38,15 +40,13 @@ def image_values(reference: str) -> dict[str, str]:
     return {"repository": repository, "tag": tag}
 
 
-def install(cluster: Cluster, images: Images, values: dict[str, object] | None = None) -> None:
+def install(cluster: Cluster, images: Images, values: Mapping[str, Any] | None = None) -> None:
     """Install or upgrade the release `qlora-operator` and wait until it is ready. Raises InstallError."""
     if cluster.find("namespace", NAMESPACE) is None:
         cluster.create_namespace(NAMESPACE)
-    document = {
-        "operator": {"image": image_values(images.operator)},
-        "trainer": {"image": image_values(images.trainer)},
-        **(values or {}),
-    }
+    document: dict[str, Any] = dict(values or {})
+    for name, reference in (("operator", images.operator), ("trainer", images.trainer)):
+        document[name] = {**document.get(name, {}), "image": image_values(reference)}
     command = ["helm", "upgrade", "--install", "qlora-operator", str(CHART), "--namespace", NAMESPACE]
     command += ["--values", "-", "--wait", "--timeout", "5m"]
     environment = {**os.environ, **cluster.environment()}
