@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from kubernetes.aio.client import ApiClient
+from kubernetes.aio.client import ApiClient, V1Lease, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
@@ -66,7 +66,9 @@ class PatientLease(LeaseLock):
             return False, ApiException(status=0, reason=str(error) or "no answer")
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        return await _tried(super().create(name, namespace, election_record))
+        """(The client's own passes a boolean where its API takes text, and so never creates one.)"""
+        lease = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        return await _tried(self.api_instance.create_namespaced_lease(namespace, lease))
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         return await _tried(super().update(name, namespace, updated_record))
@@ -81,12 +83,12 @@ class PatientLease(LeaseLock):
                     await self.api_instance.replace_namespaced_lease(self.name, self.namespace, lease)
 
 
-async def _tried(call: Awaitable[bool]) -> bool:
+async def _tried(call: Awaitable[Any]) -> bool:
     try:
         async with asyncio.timeout(RETRY_SECONDS * 2):
-            return await call
-    except NO_ANSWER as error:
-        log.warning("Lease: %s", error or "no answer")
+            return (await call) is not False
+    except (ApiException, *NO_ANSWER) as error:
+        log.warning("Lease: %s", getattr(error, "reason", None) or error or "no answer")
         return False
 
 
