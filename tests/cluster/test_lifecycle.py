@@ -60,7 +60,15 @@ def _until(expected: str, holds: Callable[[], object], timeout: float = 60.0) ->
 
 def _up() -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.cluster", "up"]
-    return subprocess.Popen(command, cwd=settings.REPOSITORY, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=settings.REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # ours is ignored in the background
+    )
 
 
 def _started(name: str) -> Running | None:
