@@ -53,6 +53,10 @@ COLUMNS = (
     {"name": "Model", "type": "string", "jsonPath": ".spec.model.uri", "priority": 1},
     {"name": "Method", "type": "string", "jsonPath": ".status.plan.recipe.method", "priority": 1},
     {"name": "Artifact", "type": "string", "jsonPath": ".status.artifacts[0].uri", "priority": 1},
+    {"name": "Step", "type": "integer", "jsonPath": ".status.progress.step", "priority": 1},
+    {"name": "Steps", "type": "integer", "jsonPath": ".status.progress.steps", "priority": 1},
+    {"name": "EvalLoss", "type": "number", "jsonPath": ".status.progress.evalLoss", "priority": 1},
+    {"name": "Tokens/s", "type": "integer", "jsonPath": ".status.progress.tokensPerSecond", "priority": 1},
     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
 )
 

@@ -417,8 +417,9 @@ def test_status_is_stored_whole_and_shows_in_columns(cluster: Cluster, team: str
     assert header.split() == ["NAME", "PHASE", "PROGRESS%", "GPUS", "LOSS", "REMAINING", "AGE"]
     assert row.split()[:-1] == [name, "Training", "42", "1", "1.2345", "12m"]
     header, row = cluster.kubectl("get", KIND, name, "--output=wide", namespace=team).splitlines()
-    assert header.split()[6:9] == ["MODEL", "METHOD", "ARTIFACT"]
-    assert row.split()[6:9] == ["pvc://models/base", "qlora", "pvc://models/tuned/adapter"]
+    assert header.split()[6:13] == ["MODEL", "METHOD", "ARTIFACT", "STEP", "STEPS", "EVALLOSS", "TOKENS/S"]
+    told = ["pvc://models/base", "qlora", "pvc://models/tuned/adapter", "130", "310", "1.3", "4200"]
+    assert row.split()[6:13] == told
 
 
 def test_every_field_of_the_status_is_in_the_sample():

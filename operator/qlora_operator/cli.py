@@ -1,0 +1,54 @@
+"""`kubectl qlora`: what people type. Works with the base install and `kubectl`; asks no cluster by itself."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from qlora_operator.watch import LOST, watch
+
+WATCH = """\
+Follow a job until it has ended: its phase, how far the training is, loss, speed and the time left.
+On a terminal this is a picture that moves; anywhere else it is a line for each change.
+
+exit codes:
+  0    the job has succeeded, or rests at its plan (planOnly)
+  1    the job has failed; its message and the attempts that failed are printed
+  2    it could not be watched to its end: no such job, deleted, cluster out of reach
+  130  stopped by Ctrl-C; the job goes on
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="kubectl qlora", description="Commands for QLoRA fine-tune jobs (qlorajobs.qlora.dev)."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    watcher = commands.add_parser(
+        "watch",
+        help="follow a job until it has ended",
+        description=WATCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    watcher.add_argument("name", metavar="NAME", help="name of the QLoRAJob")
+    watcher.add_argument("-n", "--namespace", help="its namespace (default: that of kubectl's context)")
+    watcher.add_argument("--context", help="the context to use, as with kubectl")
+    watcher.add_argument("--kubeconfig", metavar="FILE", help="the kubeconfig file to use, as with kubectl")
+    chosen = parser.parse_args(arguments)
+
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        sys.stderr.write("kubectl is not on the PATH: install it, https://kubernetes.io/docs/tasks/tools\n")
+        return LOST
+    options = ("namespace", "context", "kubeconfig")
+    passed_on = [f"--{option}={value}" for option in options if (value := getattr(chosen, option))]
+    return watch([kubectl, *passed_on], chosen.name, Console(highlight=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
