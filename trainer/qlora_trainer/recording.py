@@ -38,9 +38,9 @@ class Recorder:
         self._device = device
         self._steps_per_epoch = steps_per_epoch
         self._began, self._first_step = time.monotonic(), progress.step
-        self._seconds, self._tokens = progress.seconds, progress.tokens  # as of the last step
-        self._window: deque[tuple[float, int, float]] = deque()  # seconds, tokens and FLOPs of the latest steps
-        self._all_seconds = self._all_flops = 0.0  # of this attempt: another may have had another device
+        self._before = progress.seconds, progress.tokens
+        # seconds, tokens and FLOPs since this attempt began (another may have had another device), after each step
+        self._marks: deque[tuple[float, int, float]] = deque([(0.0, 0, 0.0)])
         self._standing = Standing(
             at=datetime.now(UTC),
             step=progress.step,
@@ -55,20 +55,20 @@ class Recorder:
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation over all steps of this attempt."""
-        return self._work.mfu(self._all_flops, self._all_seconds)
+        seconds, _, flops = self._marks[-1]
+        return self._work.mfu(flops, seconds)
 
     def stepped(self, progress: Progress, sequences: list[Sequence], rate: float, norm: float) -> Standing:
         """Note the step that `progress` has just counted, and what it has learned from."""
-        seconds, tokens = progress.seconds - self._seconds, progress.tokens - self._tokens
-        self._seconds, self._tokens = progress.seconds, progress.tokens
-        flops = self._work.flops(sequences)
-        self._all_seconds += seconds
-        self._all_flops += flops
-        self._window.append((seconds, tokens, flops))
-        while sum(entry[0] for entry in self._window) - self._window[0][0] >= WINDOW_SECONDS:
-            self._window.popleft()
-        in_seconds = sum(entry[0] for entry in self._window)
-        steps = self._standing.steps
+        now = (
+            progress.seconds - self._before[0],
+            progress.tokens - self._before[1],
+            self._marks[-1][2] + self._work.flops(sequences),
+        )
+        self._marks.append(now)
+        while now[0] - self._marks[1][0] >= WINDOW_SECONDS:
+            self._marks.popleft()
+        seconds, tokens, flops = (new - old for new, old in zip(now, self._marks[0], strict=True))
         # evaluations and checkpoints take their time too: by the clock on the wall
         per_step = (time.monotonic() - self._began) / (progress.step - self._first_step)
         return self._tell(
@@ -80,9 +80,9 @@ class Recorder:
                 loss=progress.losses[-1],
                 learning_rate=rate,
                 grad_norm=norm,
-                tokens_per_second=sum(entry[1] for entry in self._window) / in_seconds if in_seconds else None,
-                mfu=self._work.mfu(sum(entry[2] for entry in self._window), in_seconds),
-                remaining_seconds=(steps - progress.step) * per_step,
+                tokens_per_second=tokens / seconds if seconds else None,
+                mfu=self._work.mfu(flops, seconds),
+                remaining_seconds=(self._standing.steps - progress.step) * per_step,
             )
         )
 

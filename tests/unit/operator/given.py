@@ -233,6 +233,7 @@ RESULTS: dict[Stage, Inspection | TrainResult | MergeResult | PublishResult] = {
         eval_loss=0.6,
         tokens=120_000,
         tokens_per_second=1234.5,
+        mfu=0.41239,
         seconds=97.0,
         device="NVIDIA L40S",
         peak_memory_bytes=3 * GIB,

@@ -361,6 +361,7 @@ def test_training_brings_scores_loss_measured_memory_and_the_adapter() -> None:
     status = next_step(of, given.seen(of, {"train-1": given.succeeded(TRAIN)}), NOW).status
     assert status.progress is not None
     assert (status.progress.loss, status.progress.step, status.progress.percent) == (0.5124, 12, 94)
+    assert (status.progress.tokens_per_second, status.progress.mfu) == (1234, 0.412)
     assert status.evaluation is not None
     assert [(s.metric, s.base, s.tuned) for s in status.evaluation.scores] == [("exactMatch", 0.1, 0.7)]
     assert status.plan is not None

@@ -185,3 +185,17 @@ def test_speed_is_that_of_the_last_minute(place: Place, monkeypatch: pytest.Monk
     recent = last[6].tokens - last[4].tokens  # two steps of 40 s: those of the last minute
     assert last[6].tokens_per_second == pytest.approx(recent / 80)
     assert last[6].remaining_seconds == 0 < (last[1].remaining_seconds or 0)
+
+
+def test_utilisation_is_told_everywhere_where_the_peak_is_known(
+    place: Place, metrics: Scraped, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qlora_trainer")
+    monkeypatch.setattr(
+        training, "peak_flops", lambda device, dtype: 1e11 if (device, dtype) == ("cpu", "float32") else None
+    )
+    result = train(place.train_order(), replace(place.pod, watchers=(metrics,)))
+    assert result.mfu is not None
+    assert 0 < result.mfu < 1
+    assert metrics.read()["qlora_mfu_ratio"] == pytest.approx(result.mfu, abs=1e-4), "all within the last minute"
+    assert f"  MFU {result.mfu:.1%}  remaining 0m00s" in caplog.text

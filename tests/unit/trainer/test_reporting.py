@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.exchange import PROGRESS_MAX_BYTES, PROGRESS_URL_ENV
+from qlora_api.exchange import PROGRESS_MAX_BYTES, PROGRESS_URL_ENV, ProgressDocument, ProgressName
 from qlora_trainer.environment import Pod
 from qlora_trainer.reporting import Pace, Reporter, Server, document
 from qlora_trainer.standing import Standing
@@ -76,6 +76,9 @@ def test_the_document_is_kubeflows() -> None:
         }
     }
     assert len(document(standing).to_json()) < PROGRESS_MAX_BYTES
+    told = ProgressDocument.model_validate_json(document(standing).to_json()).numbers()
+    assert told[ProgressName.LOSS] == pytest.approx(1.2e-5)
+    assert set(told) == set(ProgressName), "the operator reads other names"
 
 
 def test_what_is_no_number_is_not_reported() -> None:
