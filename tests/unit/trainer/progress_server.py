@@ -60,6 +60,7 @@ class Post:
     token: str
     path: str
     document: ProgressDocument
+    received: float
 
 
 @dataclass
@@ -121,7 +122,7 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             token = self.headers["Authorization"].removeprefix("Bearer ")
-            endpoint.posts.append(Post(token, self.path, ProgressDocument.model_validate_json(body)))
+            endpoint.posts.append(Post(token, self.path, ProgressDocument.model_validate_json(body), time.monotonic()))
             endpoint.hang.wait(timeout=60)
             status = endpoint.answers.pop(0) if endpoint.answers else 200
             self.send_response(status)

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -170,18 +171,38 @@ def test_a_busy_port_is_no_reason_not_to_train(place: Place, caplog: pytest.LogC
     assert train(place.train_order(recipe={"max_steps": 1}), replace(place.pod, watchers=(metrics,))).steps == 1
 
 
+class Kept:
+    """A watcher that keeps all it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[Standing] = []
+
+    def see(self, standing: Standing) -> None:
+        self.seen.append(standing)
+
+
+def test_what_takes_long_shows_that_it_goes_on(place: Place) -> None:
+    """Each batch of an evaluation is told, and each of the golden set: one for the base model, one for the tuned."""
+
+    def told_at_the_end(**data: Any) -> int:
+        kept = Kept()
+        train(place.train_order(place.data(**data), {"max_steps": 1}), replace(place.pod, watchers=(kept,)))
+        assert all(sooner.at <= later.at for sooner, later in pairwise(kept.seen))
+        return sum(standing.step == 1 for standing in kept.seen)
+
+    assert told_at_the_end(golden=None) == 1
+    assert told_at_the_end() == 1 + 2
+    evaluation = told_at_the_end(golden=None, eval_fraction=0.5) - 1
+    assert evaluation > 1 + 1, "more than one batch, and the loss at the end"
+
+
 def test_speed_is_that_of_the_last_minute(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that becomes slow shows within a minute, whatever the mean of the whole run."""
     clock = iter(range(10**6))
     monkeypatch.setattr(training.time, "monotonic", lambda: 40.0 * next(clock))
-    seen: list[Standing] = []
-
-    class Kept:
-        def see(self, standing: Standing) -> None:
-            seen.append(standing)
-
-    train(place.train_order(checkpoint_every_seconds=10**9), replace(place.pod, watchers=(Kept(),)))
-    last = {standing.step: standing for standing in seen}
+    kept = Kept()
+    train(place.train_order(checkpoint_every_seconds=10**9), replace(place.pod, watchers=(kept,)))
+    last = {standing.step: standing for standing in kept.seen}
     recent = last[6].tokens - last[4].tokens  # two steps of 40 s: those of the last minute
     assert last[6].tokens_per_second == pytest.approx(recent / 80)
     assert last[6].remaining_seconds == 0 < (last[1].remaining_seconds or 0)
