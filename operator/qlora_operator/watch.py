@@ -113,7 +113,8 @@ def events(command: list[str]) -> Iterator[tuple[str, dict[str, Any]] | Ended]:
             process.kill()
             process.wait()
         complaints.seek(0)
-        yield Ended(complaints.read().decode(errors="replace").strip())
+        said = complaints.read().decode(errors="replace").strip().splitlines()
+        yield Ended(said[-1] if said else "")  # before it comes what client-go has logged of each of its tries
 
 
 def _text(descriptor: int) -> Iterator[str]:

@@ -193,7 +193,8 @@ def test_no_kubectl(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_watched_is_told_in_kubectls_words(kubectl: Kubectl, complaint: str) -> None:
-    kubectl.play(complaint=complaint + "\n", code=1)
+    logged = 'E1123 08:20:03.786060   12609 memcache.go:381] "Couldn\'t get current server API group list"\n'
+    kubectl.play(complaint=f"{logged}{logged}{complaint}\n", code=1)
     ended = run(kubectl, "support-bot")
     assert (ended.returncode, ended.stdout, ended.stderr) == (LOST, "", complaint + "\n")
     assert len(kubectl.runs) == 1
