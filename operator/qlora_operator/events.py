@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from qlora_api.v1alpha1 import API_VERSION, KIND, JobStatus, Metadata, Phase
+from qlora_api.v1alpha1 import API_VERSION, KIND, Attempt, JobStatus, Metadata, Phase
 
 COMPONENT = "qlora-operator"
 MESSAGE_MAX = 1024
@@ -24,16 +24,20 @@ class Event:
 
 def between(before: JobStatus, after: JobStatus) -> Iterator[Event]:
     """What happened from one status to the next: attempts that ended, and a new phase."""
-    known = {(a.job, a.outcome) for a in before.attempts}
-    for attempt in after.attempts:
-        if attempt.outcome and (attempt.job, attempt.outcome) not in known:
-            said = "; ".join(part for part in (attempt.message, attempt.change) if part)
-            text = f"{attempt.job}: {said}" if said else attempt.job
-            yield Event(f"Attempt{attempt.outcome}", text, warning=attempt.outcome != "Succeeded")
+    for attempt in ended_between(before, after):
+        said = "; ".join(part for part in (attempt.message, attempt.change) if part)
+        text = f"{attempt.job}: {said}" if said else attempt.job
+        yield Event(f"Attempt{attempt.outcome}", text, warning=attempt.outcome != "Succeeded")
     reason = next((c.reason for c in after.conditions if c.type == "Ready"), "")
     reason_before = next((c.reason for c in before.conditions if c.type == "Ready"), "")
     if after.phase is not before.phase or reason != reason_before:
         yield Event(reason or str(after.phase), after.message or str(after.phase), warning=after.phase is Phase.FAILED)
+
+
+def ended_between(before: JobStatus, after: JobStatus) -> list[Attempt]:
+    """The attempts whose end `after` records and `before` does not."""
+    known = {a.job for a in before.attempts if a.outcome}
+    return [a for a in after.attempts if a.outcome and a.job not in known]
 
 
 def manifest(event: Event, job: Metadata, now: datetime) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""/healthz and /readyz: alive while the loop goes round, ready after its first round.
+"""/healthz, /readyz and /metrics: alive while the loop goes round, ready after its first round.
 
 The leader's loop is the resync; that of a replica that stands by is its look at the Lease.
 """
@@ -10,6 +10,7 @@ import time
 
 from aiohttp import web
 
+from qlora_operator.metrics import CONTENT_TYPE, Metrics
 from qlora_operator.settings import Settings
 
 #: Rounds that may fail (the API server may be away for a while) before the process is taken for dead.
@@ -17,10 +18,11 @@ MISSED_ROUNDS = 5
 
 
 class Probes:
-    """The age of the last round, over HTTP."""
+    """The age of the last round, over HTTP, and the metrics beside it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
+        self._metrics = metrics
         self._started = time.monotonic()
         self._last_beat: float | None = None
         self.leads = False
@@ -41,7 +43,8 @@ class Probes:
     async def serve(self) -> None:
         """Serve until cancelled."""
         app = web.Application()
-        app.add_routes([web.get("/healthz", self._healthz), web.get("/readyz", self._readyz)])
+        routes = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._scrape}
+        app.add_routes([web.get(path, answer) for path, answer in routes.items()])
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         try:
@@ -59,3 +62,6 @@ class Probes:
         if self._last_beat is None:
             return web.Response(status=503, text="the first list is not done\n")
         return web.Response(text="ready\n")
+
+    async def _scrape(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})

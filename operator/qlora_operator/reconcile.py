@@ -21,6 +21,7 @@ from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.jobs import stage_job
 from qlora_operator.manifests.orders import config_map
 from qlora_operator.manifests.reporting import Endpoint
+from qlora_operator.metrics import Metrics
 from qlora_operator.reports import Reports
 from qlora_operator.settings import Settings
 from qlora_operator.workqueue import Key
@@ -41,10 +42,16 @@ class Reconciler:
     """Brings one job at a time to where it should be."""
 
     def __init__(
-        self, cluster: Cluster, settings: Settings, reports: Reports | None = None, endpoint: Endpoint | None = None
+        self,
+        cluster: Cluster,
+        settings: Settings,
+        reports: Reports | None = None,
+        endpoint: Endpoint | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._metrics = metrics or Metrics()
         self._reports = reports
         self._endpoint = endpoint
         self._written: dict[str, datetime] = {}
@@ -57,7 +64,9 @@ class Reconciler:
         """One pass over the job `key`; when to look again. Raises `ApiError` when the API server refuses a call."""
         raw = await self._cluster.job(*key)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
+            self._metrics.forget(key)
             return None  # its children go with it, by their ownerReferences
+        self._metrics.observe(key, raw.get("status", {}))
         now = datetime.now(UTC)
         try:
             document = QLoRAJob.read(raw)
@@ -131,8 +140,8 @@ class Reconciler:
             return
         log.warning("%s/%s: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], "; ".join(sentences))
         document = unreadable(status, "; ".join(sentences), generation=raw["metadata"]["generation"], now=now)
-        if document != status:
-            await self._cluster.apply_status(raw["metadata"], document)
+        if document != status and await self._cluster.apply_status(raw["metadata"], document):
+            self._metrics.observe((raw["metadata"]["namespace"], raw["metadata"]["name"]), document)
 
     async def _write(self, raw: Mapping[str, Any], before: JobStatus, after: JobStatus, now: datetime) -> None:
         """Write the status if it says something new; events only if it landed."""
@@ -142,5 +151,7 @@ class Reconciler:
         metadata = Metadata.model_validate(raw["metadata"], by_alias=True, by_name=False)
         self._written[raw["metadata"]["uid"]] = now
         if await self._cluster.apply_status(raw["metadata"], document):
+            self._metrics.observe((metadata.namespace, metadata.name), document)
+            self._metrics.recorded(before, after)
             for event in events.between(before, after):
                 await self._cluster.create_event(metadata.namespace, events.manifest(event, metadata, now))

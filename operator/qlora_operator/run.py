@@ -13,6 +13,7 @@ from qlora_operator.cluster import ApiError, Cluster, connect
 from qlora_operator.endpoint import Certificates, certificates, endpoint
 from qlora_operator.handlers import watch
 from qlora_operator.leadership import LEADER_LABEL, Replica, lead
+from qlora_operator.metrics import Metrics
 from qlora_operator.probes import Probes
 from qlora_operator.reconcile import PROGRESS_PAUSE, Reconciler
 from qlora_operator.reports import Reports
@@ -37,9 +38,10 @@ async def run(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    cluster, probes, replica = await connect(), Probes(settings), Replica.of_environment()
+    metrics = Metrics()
+    cluster, probes, replica = await connect(), Probes(settings, metrics), Replica.of_environment()
     served = asyncio.create_task(probes.serve())
-    ended = asyncio.create_task(_stand_by_and_lead(cluster, settings, probes, replica, stop))
+    ended = asyncio.create_task(_stand_by_and_lead(cluster, settings, probes, metrics, replica, stop))
     told_to_stop = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((served, ended, told_to_stop), return_when=asyncio.FIRST_COMPLETED)
@@ -57,17 +59,22 @@ async def run(settings: Settings) -> None:
 
 
 async def _stand_by_and_lead(
-    cluster: Cluster, settings: Settings, probes: Probes, replica: Replica | None, stop: asyncio.Event
+    cluster: Cluster,
+    settings: Settings,
+    probes: Probes,
+    metrics: Metrics,
+    replica: Replica | None,
+    stop: asyncio.Event,
 ) -> None:
     if replica is None:
         log.info("not in a pod: no Lease is taken, and trainers cannot report")
-        await _work(cluster, settings, probes, None, stop)
+        await _work(cluster, settings, probes, metrics, None, stop)
         return
     here = replica
 
     async def work() -> None:
         await _patiently(lambda: cluster.label_pod(here.namespace, here.name, {LEADER_LABEL: "true"}))
-        await _work(cluster, settings, probes, here, stop)
+        await _work(cluster, settings, probes, metrics, here, stop)
 
     # a container that was started anew in its pod does not lead yet
     await _patiently(lambda: cluster.label_pod(here.namespace, here.name, {LEADER_LABEL: None}))
@@ -75,20 +82,27 @@ async def _stand_by_and_lead(
 
 
 async def _work(
-    cluster: Cluster, settings: Settings, probes: Probes, replica: Replica | None, stop: asyncio.Event
+    cluster: Cluster,
+    settings: Settings,
+    probes: Probes,
+    metrics: Metrics,
+    replica: Replica | None,
+    stop: asyncio.Event,
 ) -> None:
     """All that a leader does, until `stop`; then the passes at work are brought to their end."""
     probes.lead()
-    queue = WorkQueue()
+    metrics.set_leader(True)
+    queue = WorkQueue(metrics)
     reports = Reports(cluster, lambda key: queue.add_after(key, PROGRESS_PAUSE))
     tls = None if replica is None else await _certificates(cluster, settings, replica)
     target = endpoint(settings, replica, tls.authority.certificate) if replica and tls else None
-    reconcile = Reconciler(cluster, settings, reports, target)
+    reconcile = Reconciler(cluster, settings, reports, target, metrics)
 
     def listed(jobs: Sequence[Mapping[str, Any]]) -> None:
         uids = {job["metadata"]["uid"] for job in jobs}
         reports.keep_only(uids)
         reconcile.keep_only(uids)
+        metrics.listed(jobs)
         probes.beat()
 
     async with asyncio.TaskGroup() as group:

@@ -57,7 +57,7 @@ class Settings(_Strict):
         default="qlora-operator-reports", description="Name of the Service that leads trainers' reports to the leader."
     )
     report_port: int = Field(default=8443, ge=1, le=65535, description="Takes the trainers' reports, over HTTPS.")
-    probe_port: int = Field(default=8080, ge=1, le=65535, description="Serves /healthz and /readyz.")
+    probe_port: int = Field(default=8080, ge=1, le=65535, description="Serves /healthz, /readyz and /metrics.")
 
 
 def load(path: str | None = None) -> Settings:

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from typing import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -17,10 +19,23 @@ LONGEST_BACK_OFF_SECONDS = 60.0
 Key = tuple[str, str]  # namespace, name
 
 
+class Observer(Protocol):
+    """Is told what the queue does."""
+
+    def queue(self, waiting: int, backing_off: int) -> None:
+        """Keys that wait for a worker, and keys whose last pass failed."""
+        ...
+
+    def passed(self, seconds: float, error: Exception | None) -> None:
+        """A pass over a key is over."""
+        ...
+
+
 class WorkQueue:
     """Keys to work on. `add` may be called at any time, also while the key is at work: it is then worked on again."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._observer = observer
         self._ready: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: set[Key] = set()
         self._at_work: set[Key] = set()
@@ -35,6 +50,7 @@ class WorkQueue:
             self._queued.add(key)
             if key not in self._at_work:
                 self._ready.put_nowait(key)
+                self._tell()
 
     def add_after(self, key: Key, delay: timedelta) -> None:
         """Queue `key` after `delay`, unless it is queued before."""
@@ -64,11 +80,15 @@ class WorkQueue:
                 continue
             self._queued.discard(key)
             self._at_work.add(key)
+            self._tell()
             again: timedelta | None = None
+            failure: Exception | None = None
+            started = time.monotonic()
             try:
                 again = await reconcile(key)
                 self._failures.pop(key, None)
             except Exception as error:
+                failure = error
                 again = self._back_off(key)
                 log.warning(
                     "%s/%s: %s; again in %.1f s", *key, error, again.total_seconds(), exc_info=_unexpected(error)
@@ -77,8 +97,15 @@ class WorkQueue:
                 self._at_work.discard(key)
                 if key in self._queued:
                     self._ready.put_nowait(key)
+            if self._observer:
+                self._observer.passed(time.monotonic() - started, failure)
+            self._tell()
             if again is not None:
                 self.add_after(key, again)
+
+    def _tell(self) -> None:
+        if self._observer:
+            self._observer.queue(self._ready.qsize(), len(self._failures))
 
     def _back_off(self, key: Key) -> timedelta:
         n = self._failures[key] = self._failures.get(key, 0) + 1
