@@ -48,7 +48,7 @@ class Series:
 
     def register(self, registry: prometheus.CollectorRegistry) -> Any:
         """The metric itself, in `registry`."""
-        more = {"buckets": self.buckets} if self.buckets else {}
+        more: dict[str, Any] = {"buckets": self.buckets} if self.buckets else {}
         return self.kind(self.name, self.help, self.labels, registry=registry, **more)
 
 
