@@ -26,6 +26,8 @@ check: $(VENV)/.ready ## Formatting, lint, types, import rules, generated files
 	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 	$(PYTHON) -m qlora_api.schema --check
 	$(PYTHON) -m qlora_api.reference --check
+	$(PYTHON) -m charts.monitoring.dashboard --check
+	$(PYTHON) -m charts.monitoring.page --check
 
 unit: $(VENV)/.ready ## Tests without a cluster
 	$(PYTHON) -m pytest -m "not cluster and not e2e and not soak"
@@ -45,9 +47,11 @@ up: $(VENV)/.ready ## Bring the embedded cluster up
 down: $(VENV)/.ready ## Stop the embedded cluster and remove what it left
 	$(PYTHON) -m tests.cluster down
 
-generate: $(VENV)/.ready ## Write the CRD, the reference and the chart's table of values from their sources
+generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics and of the chart's values
 	$(PYTHON) -m qlora_api.schema
 	$(PYTHON) -m qlora_api.reference
+	$(PYTHON) -m charts.monitoring.dashboard
+	$(PYTHON) -m charts.monitoring.page
 	$(PYTHON) -m tests.unit.test_chart
 
 format: $(VENV)/.ready ## Format the code

@@ -140,12 +140,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Tokens per second", "Over all GPUs of the job.", "none", (of_job("qlora_tokens_per_second"),)),
         Panel(
             "Model FLOPs utilisation",
-            "The share of the GPUs' peak that learning takes. Not told on the CPU.",
+            "The share of the GPUs' peak that learning takes. Not told where the peak is not known.",
             "percentunit",
             (of_job("qlora_mfu_ratio"),),
             width=6,
         ),
-        Panel("Tokens", "Seen by the attempt that runs.", "short", (of_job("qlora_tokens_total"),), width=6),
+        Panel("Tokens", "Learned from, over all attempts.", "short", (of_job("qlora_tokens_total"),), width=6),
         Panel(
             "GPU memory: predicted and measured",
             "Of the fullest GPU: predicted by the plan, so far (not told on the CPU), and at the peak in the end.",

@@ -99,10 +99,15 @@ def compile_packages(go: str, module: Path, packages: str, flags: Sequence[str],
     """
     with step(f"fetching the sources of {title}") as work:
         _watched(go, module, ["mod", "download", "-x"], lambda line: work.say(line.removeprefix("# get ")))
-    total = len(_go(go, module, ["list", "-deps", packages]).splitlines())
+    total = len(_go(go, module, ["list", *flags, "-deps", packages]).splitlines())
     with step(f"compiling {title}", total) as work:
         # -v names each package as it is compiled; those in the compiler's own cache are not named
         _watched(go, module, ["build", "-v", *flags, "-o", f"{target}/", packages], work.advance)
+
+
+def source(go: str, module: Path, required: str) -> Path:
+    """Where the sources of the module `required` by the one in `module` lie, once they are fetched."""
+    return Path(_go(go, module, ["list", "-m", "-f", "{{.Dir}}", required]))
 
 
 def _compile(go: str, target: Path) -> None:
@@ -111,8 +116,7 @@ def _compile(go: str, target: Path) -> None:
     for built, name in RENAMED.items():
         (target / built).rename(target / name)
     # kwok's own fast stages: nodes are Ready at once, pods of Jobs succeed at once
-    kwok = _go(go, settings.GO_MODULE, ["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"])
-    stages = Path(kwok, "kustomize", "stage")
+    stages = source(go, settings.GO_MODULE, "sigs.k8s.io/kwok") / "kustomize" / "stage"
     files = sorted(stages.glob("node/fast/node-*.yaml")) + sorted(stages.glob("pod/fast/pod-*.yaml"))
     (target / STAGES).write_text("\n---\n".join(file.read_text() for file in files))
 

@@ -3,6 +3,7 @@
 `PYTHONPATH=crds:operator python -m tests.unit.test_chart` writes the table of values in the chart's README anew.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -18,7 +19,7 @@ import yaml
 from qlora_api.v1alpha1 import QLoRAJob
 from qlora_operator.leadership import LEADER_LABEL
 from qlora_operator.settings import DEFAULT_PATH, Settings
-from tests.cluster import Cluster, build, ensure_up
+from tests.cluster import Cluster, build, ensure_up, prometheus
 from tests.cluster.client import KubectlError
 from tests.cluster.settings import REPOSITORY, cache
 
@@ -84,7 +85,10 @@ def notes(values: Values) -> str:
 # What is installed
 
 
-@pytest.mark.parametrize("values", [{}, {"namespaces": ["team-a"]}, {"crds": {"install": False}}], ids=str)
+MONITORED: Values = {"monitoring": {kind: {"enabled": True} for kind in ("podMonitor", "rules", "dashboard")}}
+
+
+@pytest.mark.parametrize("values", [{}, {"namespaces": ["team-a"]}, {"crds": {"install": False}}, MONITORED], ids=str)
 def test_lint_is_silent(values: Values):
     result = helm("lint", "--strict", str(CHART), values=values)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -395,8 +399,17 @@ def cluster() -> Iterator[Cluster]:
     running.delete("namespace", TRIAL)
 
 
-@pytest.mark.parametrize("values", [{}, {"namespaces": [TRIAL, "default"]}], ids=["everywhere", "named namespaces"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"namespaces": [TRIAL, "default"]}, MONITORED],
+    ids=["everywhere", "named namespaces", "with PodMonitors, alerts and dashboard"],
+)
 def test_the_server_takes_every_object(cluster: Cluster, values: Values):
+    with prometheus.kinds(cluster) if values == MONITORED else contextlib.nullcontext():
+        server_takes(cluster, values)
+
+
+def server_takes(cluster: Cluster, values: Values) -> None:
     text = rendered_text(values, namespace=TRIAL)  # as it is: Go and Python do not read all YAML alike
     # an installed release of another version may own some of the fields
     flags = ["--server-side", "--dry-run=server", "--force-conflicts"]
@@ -506,6 +519,8 @@ REFUSED = [
     Refused({"workers": None}, "", "missing property 'workers'"),
     Refused({"resyncSeconds": "60"}, "/resyncSeconds", "got string, want integer"),
     Refused({"probePort": 80}, "/probePort", "minimum: got 80, want 1,024"),
+    Refused({"monitoring": {"podMonitor": {"interval": "30"}}}, "/monitoring/podMonitor/interval", "does not match"),
+    Refused({"monitoring": {"alerts": {}}}, "/monitoring", "additional properties 'alerts' not allowed"),
     Refused({"serviceAccount": {"create": False}}, "/serviceAccount/name", "minLength: got 0, want 1"),
     Refused({"crds": {"keep": True}}, "/crds", "additional properties 'keep'"),
     Refused({"fullnameOverride": "-a"}, "/fullnameOverride", "does not match"),
