@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qlora_api.exchange import Stage
-from qlora_api.v1alpha1 import Attempt, JobStatus, Phase, Plan
+from qlora_api.v1alpha1 import Attempt, JobStatus, Phase
 from qlora_operator.cluster import ApiError
 from qlora_operator.events import ended_between
 from qlora_operator.lifecycle.answers import Outcome
@@ -90,7 +90,7 @@ GPU_SECONDS = Series(
     "qlora_gpu_seconds_total",
     prometheus.Counter,
     ("product",),
-    "GPUs × seconds that ended training attempts held, by the GPUs' product.",
+    "GPUs × seconds that trainings have held, added as they end, by the GPUs' product; as in status.usage.",
 )
 PASSES = Series(
     "qlora_reconcile_duration_seconds",
@@ -220,13 +220,14 @@ class Metrics:
             self.observe(key, there[key].get("status", {}))
 
     def recorded(self, before: JobStatus, after: JobStatus) -> None:
-        """`after` was written in the place of `before`: the attempts whose end it records are counted, once."""
+        """`after` was written in the place of `before`: the attempts whose end it records are counted, once, and what
+        the job has used since."""
         for attempt in ended_between(before, after):
             self._attempts.labels(attempt.stage, attempt.outcome).inc()
             if (seconds := ran_seconds(attempt)) is not None:
                 self._stage_duration.labels(attempt.stage).observe(seconds)
-            if (plan := before.plan) is not None and plan.gpus:
-                self._gpu_seconds.labels(plan.flavour).inc(gpu_seconds(attempt, plan))
+        if before.plan is not None and (held := gpu_seconds(after) - gpu_seconds(before)) > 0:
+            self._gpu_seconds.labels(before.plan.flavour).inc(held)
 
     # --- the operator itself ---
 
@@ -268,6 +269,6 @@ def ran_seconds(attempt: Attempt) -> float | None:
     return max(0.0, (attempt.ended - attempt.started).total_seconds())
 
 
-def gpu_seconds(attempt: Attempt, plan: Plan) -> float:
-    """GPUs × seconds that an ended attempt held under `plan`: only training has GPUs. Pure."""
-    return plan.gpus * (ran_seconds(attempt) or 0.0) if attempt.stage == Stage.TRAIN else 0.0
+def gpu_seconds(status: JobStatus) -> int:
+    """What the job has used of GPUs. Pure."""
+    return status.usage.gpu_seconds if status.usage else 0

@@ -11,9 +11,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_api.exchange import Stage
-from qlora_api.v1alpha1 import JobStatus, Phase
+from qlora_api.v1alpha1 import JobStatus, Phase, Usage
 from qlora_operator.cluster import ApiError
 from qlora_operator.lifecycle.answers import Outcome
+from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.policies import next_step
 from qlora_operator.lifecycle.tasks import INSPECT, TRAIN
 from qlora_operator.metrics import OF_A_JOB, SERIES, Metrics
@@ -150,9 +151,15 @@ def after_one(*attempts: Any, status: JobStatus = TRAINED) -> Metrics:
 
 def test_an_attempt_is_counted_once_when_its_end_is_recorded() -> None:
     running = given.attempt(TRAIN, 1, "", started=NOW - timedelta(minutes=5)).model_copy(update={"outcome": None})
+    crashed = ended(n=2, outcome="Crashed", minutes=1)
     statuses = [
-        TRAINED.model_copy(update={"attempts": attempts})
-        for attempts in ((), (running,), (ended(),), (ended(), ended(n=2, outcome="Crashed", minutes=1)))
+        TRAINED.model_copy(update={"attempts": attempts, "usage": usage})
+        for attempts, usage in (
+            ((), None),
+            ((running,), None),
+            ((ended(),), Usage(gpu_seconds=300)),
+            ((ended(), crashed), Usage(gpu_seconds=360)),
+        )
     ]
     metrics = Metrics()
     for before, after in zip(statuses, [*statuses[1:], statuses[-1]], strict=True):
@@ -165,11 +172,15 @@ def test_an_attempt_is_counted_once_when_its_end_is_recorded() -> None:
     assert found["qlora_gpu_seconds_total"] == {("NVIDIA-L40S",): 360}
 
 
-def test_gpu_seconds_are_gpus_times_seconds_of_training_under_the_plan_it_ran_by() -> None:
-    of_four = TRAINED.model_copy(update={"plan": given.plan(given.job(), gpus=4, flavour="NVIDIA-A10")})
+def test_gpu_seconds_are_those_of_the_status_under_the_plan_that_the_training_ran_by() -> None:
+    """Also those of a run without an end of its own: it was suspended, and is to be planned anew."""
+    of_four = given.plan(given.job(), gpus=4, flavour="NVIDIA-A10")
+    running = given.attempt(TRAIN, 1, "", started=NOW - timedelta(minutes=5)).model_copy(update={"outcome": None})
+    job = given.history(given.job({"suspend": True}), INSPECT, plan=of_four)
+    before = job.status.model_copy(update={"attempts": (*job.status.attempts, running)})
+    suspended = Job(job.metadata, job.spec, before)
     metrics = Metrics()
-    before = of_four.model_copy(update={"attempts": ()})
-    metrics.recorded(before, TRAINED.model_copy(update={"attempts": (ended(), ended("inspect"))}))
+    metrics.recorded(before, next_step(suspended, given.seen(suspended), NOW).status)
     assert samples(metrics)["qlora_gpu_seconds_total"] == {("NVIDIA-A10",): 4 * 300}
 
 
