@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,6 +20,8 @@ from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.policies import next_step
 from qlora_operator.lifecycle.tasks import INSPECT, TRAIN
 from qlora_operator.metrics import OF_A_JOB, SERIES, Metrics
+from qlora_operator.probes import Probes
+from qlora_operator.settings import Settings
 from qlora_operator.workqueue import Key, WorkQueue
 from tests.unit.operator import given
 from tests.unit.operator.given import GIB, NOW
@@ -257,3 +261,28 @@ def test_two_operators_in_one_process_count_apart() -> None:
     one.passed(1, None)
     assert "qlora_job_phase" not in samples(two)
     assert samples(two)["qlora_reconcile_duration_seconds_count"][()] == 0
+
+
+def test_they_are_served_beside_the_probes() -> None:
+    metrics = Metrics()
+    metrics.observe(A, {"phase": "Training"})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    async def story() -> tuple[str, str]:
+        serving = asyncio.create_task(Probes(Settings(trainer_image="t", probe_port=port), metrics).serve())
+        async with aiohttp.ClientSession() as session:
+            while True:
+                try:
+                    async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                        found = answer.headers["Content-Type"], await answer.text()
+                    break
+                except aiohttp.ClientConnectorError:
+                    await asyncio.sleep(0)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        return found
+
+    kind, text = asyncio.run(asyncio.wait_for(story(), timeout=10))
+    assert kind == "text/plain; version=0.0.4; charset=utf-8"
+    assert 'qlora_job_phase{namespace="team-a",phase="Training",qlorajob="one"} 1.0' in text
