@@ -57,10 +57,18 @@ class Watched:
         return [value for _, value in points]
 
 
+ENDED = 'qlora_attempts_total{outcome="Succeeded"}'
+
+
+def total(server: Prometheus, counter: str, at: float | None = None) -> float:
+    """The sum of a counter's series: of its labels, and of the operator's replicas."""
+    return sum(value for _, value in server.query(counter, at))
+
+
 @contextmanager
 def monitored(product: Product) -> Iterator[None]:
     """The installation with all that the chart has for monitoring, and afterwards without it."""
-    install(product.cluster, product.images, VALUES | {"monitoring": MONITORING})
+    install(product.cluster, product.images, {**VALUES, "monitoring": MONITORING})
     try:
         yield
     finally:
@@ -79,6 +87,7 @@ def watched(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
         with prometheus.serving(made, directory) as server:
             cluster.wait("the operator is scraped", lambda: server.query("qlora_leader == 1"), timeout=30)
             start = time.time()
+            before = total(server, ENDED)
             somebodys = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{BLOCKED}-inspect-1"}}
             cluster.create(somebodys, namespace)
             product.apply(quickstart(BLOCKED))
@@ -89,8 +98,8 @@ def watched(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
             finished = product.wait_for(NAME, "Succeeded", timeout=500)
             cluster.wait(
                 "its last attempt is scraped",
-                lambda: server.query('sum(qlora_attempts_total{outcome="Succeeded"})'),
-                lambda found: found[0][1] >= len(finished["status"]["attempts"]),
+                lambda: total(server, ENDED),
+                lambda now: now >= before + len(finished["status"]["attempts"]),
                 timeout=30,
             )
             yield Watched(product, server, finished, start, time.time())
@@ -146,15 +155,13 @@ def test_the_operators_figures_are_those_of_the_status(watched: Watched) -> None
 
 
 def increase(watched: Watched, counter: str) -> float:
-    """By how much the only series of a counter has risen while it was watched; by its values, not extrapolated."""
-    ((_, points),) = watched.server.query_range(counter, watched.start, watched.end)
-    return points[-1][1] - points[0][1]
+    """By how much a counter has risen while it was watched; by its values, not extrapolated."""
+    return total(watched.server, counter, watched.end) - total(watched.server, counter, watched.start)
 
 
 def test_back_off_is_seen(watched: Watched) -> None:
-    refused = watched.server.query('qlora_reconcile_errors_total{reason="409"}')
-    assert refused and refused[0][1] >= 1
-    assert watched.server.query("qlora_workqueue_retries_total")[0][1] >= 1
+    assert increase(watched, 'qlora_reconcile_errors_total{reason="409"}') >= 1
+    assert increase(watched, "qlora_workqueue_retries_total") >= 1
     backing_off = watched.server.query_range("qlora_workqueue_backing_off", watched.start, watched.end)
     assert {value for _, points in backing_off for _, value in points} >= {0, 1}
 
