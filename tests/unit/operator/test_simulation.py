@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,6 +23,7 @@ from qlora_api.v1alpha1 import JobStatus
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.answers import COUNTED
 from qlora_operator.lifecycle.tasks import Task, tasks
+from qlora_operator.metrics import ATTEMPTS, Metrics
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.settings import Settings
 from tests.unit.operator import given
@@ -322,10 +324,14 @@ class Story:
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.world = World(given.document(spec))
-        self.operator = Reconciler(self.world, SETTINGS)
+        self.metrics = Metrics()  # of all the operators there will be
+        self.operator = self.an_operator()
         if "claimName" in self.world.storage:
             claim: Raw = {"kind": "PersistentVolumeClaim", "metadata": {"name": "scratch", "uid": "theirs"}}
             self.world.children["PersistentVolumeClaim", "scratch"] = claim
+
+    def an_operator(self) -> Reconciler:
+        return Reconciler(self.world, SETTINGS, metrics=self.metrics)
 
     def running(self) -> list[str]:
         return self.world.jobs_where(lambda job: not verdict(job) and not job["metadata"].get("deletionTimestamp"))
@@ -355,7 +361,7 @@ class Story:
         try:
             self.a_pass()
         except Died:
-            self.operator = Reconciler(self.world, SETTINGS)
+            self.operator = self.an_operator()
         self.world.calls_until_death = None
 
     def is_refused_a_call(self, n: int) -> None:
@@ -446,9 +452,17 @@ class Story:
         elif world.status.work_volume is not None:
             there = ("PersistentVolumeClaim", f"{given.NAME}-work") in world.children
             assert there == (world.storage["retain"] in keeping)
+        recorded = Counter((a.stage, a.outcome) for a in world.status.attempts)
+        assert self.counted() == recorded, "an attempt is missing from the metrics, or counted twice"
         writes = world.writes
         self.a_pass()
         assert world.writes == writes, "a finished job is written again and again"
+
+    def counted(self) -> dict[tuple[str, str], float]:
+        """Ends of attempts in the metrics, by stage and outcome."""
+        samples = [sample for family in self.metrics.registry.collect() for sample in family.samples]
+        attempts = [sample for sample in samples if sample.name == ATTEMPTS.name and sample.value]
+        return {(s.labels["stage"], s.labels["outcome"]): s.value for s in attempts}
 
     def until_finished(self) -> Iterator[int]:
         for n in range(80):
