@@ -60,7 +60,7 @@ def plan(
         headroom_percent=spec.hardware.headroom_percent,
     )
     if isinstance(choice, Infeasible):
-        return Unfit("NoFlavourFits", f"no GPU can take this training: {choice.message}")
+        return Unfit("NoFlavourFits", f"no GPU can take this training: {choice.message}. {_CURE}")
     return _as_plan(
         spec,
         inspection,
@@ -72,6 +72,8 @@ def plan(
         rejected=choice.rejected,
     )
 
+
+_CURE = "Add such a node, or suspend the job, change spec.hardware and resume"
 
 #: Nodes with GPUs are commonly tainted with the resource's name (as the ExtendedResourceToleration plugin expects).
 GPU_TOLERATION: dict[str, Any] = {"key": "nvidia.com/gpu", "operator": "Exists"}
@@ -168,7 +170,7 @@ def _plan_on_cpu(
     return Unfit(
         "NoNodeFits",
         f"no node that the job may run on has the memory: {need / GIB:.1f} GiB needed, the largest has "
-        f"{largest / GIB:.1f}",
+        f"{largest / GIB:.1f}. {_CURE}",
     )
 
 

@@ -101,7 +101,10 @@ def _open_config(directory: Path, uri: str) -> Any:
             "use a model of a known architecture, or a newer image"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BadInput(f"model.uri: {uri} is a {model_type!r} model, not a causal language model")
+        raise BadInput(
+            f"model.uri: {uri} is a {model_type!r} model, not a causal language model: "
+            "use a decoder-only one, such as Llama, Qwen or Mistral"
+        )
     return config
 
 

@@ -42,7 +42,7 @@ def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task |
         said[ConditionType.TRAINED] = ("True", "Trained", loss)
     elif isinstance(training, Active):
         if training.waiting:
-            said[ConditionType.SCHEDULED] = ("False", "Waiting", training.waiting)
+            said[ConditionType.SCHEDULED] = ("False", training.reason, training.waiting)
         elif training.node:
             said[ConditionType.SCHEDULED] = ("True", "Scheduled", f"on node {training.node}")
     if all(is_done(status, task) for task in tasks(job.spec)):

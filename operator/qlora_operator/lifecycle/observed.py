@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -14,8 +15,14 @@ Raw = Mapping[str, Any]
 
 #: Name of the container that runs the stage.
 CONTAINER = "stage"
+#: Exit code of a container that was ended by SIGKILL.
+KILLED = 137
+#: Annotation of a stage's Job: the fingerprint of the pod template that it was made from.
+TEMPLATE = "qlora.dev/pod-template"
 #: Phases of a pod that writes no more.
 OVER = ("Succeeded", "Failed")
+#: The kubelet's reasons for a container without an image. It goes back and forth between the first two.
+NO_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,18 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Active:
-    """The attempt's Job is not over. `waiting` says why no container runs, where that is known."""
+    """The attempt's Job is not over.
+
+    `waiting` says why no container runs, where that is known, and `reason` the same for programs; `missing_claim` is
+    the claim that it waits for and that is not there. `template` is the annotation `TEMPLATE`.
+    """
 
     node: str | None = None
     started: datetime | None = None
     waiting: str | None = None
+    reason: str = "Waiting"
+    missing_claim: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,8 @@ def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
     pods = [pod for pod in pods if uid in {o["uid"] for o in pod["metadata"].get("ownerReferences", ())}]
     pod = max(pods, key=lambda p: p["metadata"]["creationTimestamp"], default=None)
     if not verdict & {"Complete", "Failed"}:
-        return _active(job["metadata"]["name"], pod)
+        template = job["metadata"].get("annotations", {}).get(TEMPLATE)
+        return replace(_active(job["metadata"]["name"], pod), template=template)
     return _ended(job, pod, succeeded="Complete" in verdict)
 
 
@@ -114,14 +129,35 @@ def _active(name: str, pod: Raw | None) -> Active:
     started = moment(status.get("startTime"))
     for container in _stage_containers(pod):
         waiting = container.get("state", {}).get("waiting")
+        if waiting and waiting.get("reason") in NO_IMAGE:
+            return Active(node, started, _no_image(container.get("image", ""), waiting), reason="ImageNotPulled")
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return Active(node, started, f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": "))
         if container.get("state", {}).keys() & {"running", "terminated"}:  # the Job's own verdict comes a little later
             return Active(node, started)
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return Active(node, None, f"not scheduled: {condition.get('message', '')}".rstrip(": "))
+            return _unscheduled(node, condition.get("message", ""))
     return Active(node, started, "the container is being created")
+
+
+def _no_image(image: str, waiting: Raw) -> str:
+    """The same sentence whether the kubelet has just tried or waits to try again: its message repeats the reason."""
+    why = waiting.get("message", "").rpartition("ErrImagePull: ")[2] or waiting["reason"]
+    return (
+        f"its image {image} cannot be pulled ({why}); if spec.podTemplate.image is wrong, suspend the job, "
+        "correct it and resume"
+    )
+
+
+def _unscheduled(node: str | None, message: str) -> Active:
+    """The scheduler's message up to what it says of preemption, which is about other pods."""
+    if found := re.search(r'persistentvolumeclaim "([^"]+)" not found', message):
+        claim = found[1]
+        text = f"there is no PersistentVolumeClaim {claim} in this namespace; create it"
+        return Active(node, None, text, reason="ClaimMissing", missing_claim=claim)
+    what = message.partition(" preemption: ")[0]
+    return Active(node, None, f"not scheduled: {what}".rstrip(": "), reason="Unschedulable")
 
 
 def _stage_containers(pod: Raw) -> list[Raw]:
@@ -147,7 +183,7 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
     try:
         report, detail = parse_report(text), ""
     except ValueError:
-        report, detail = None, terminated.get("reason", "")
+        report, detail = None, _without_a_word(terminated)
     return Ended(
         succeeded,
         exit_code=terminated.get("exitCode"),
@@ -157,3 +193,13 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
         started=moment(terminated.get("startedAt")) or started,
         ended=moment(terminated.get("finishedAt")) or over,
     )
+
+
+def _without_a_word(terminated: Raw) -> str:
+    """Why a container ended that wrote no report."""
+    reason, code = terminated.get("reason", ""), terminated.get("exitCode")
+    if code == KILLED and reason == "OOMKilled":
+        return "OOMKilled: the node or the container's limit had no memory left for it"
+    if code == KILLED:
+        return "killed from outside (SIGKILL)"
+    return reason

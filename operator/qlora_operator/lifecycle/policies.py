@@ -16,6 +16,7 @@ from qlora_api.v1alpha1 import Attempt, JobStatus, Phase, Plan, Progress, WorkVo
 from qlora_operator import planner
 from qlora_operator.lifecycle import budget, results
 from qlora_operator.lifecycle.answers import Again, AgainWithHalfTheMicroBatch, GiveUp, Outcome, answer
+from qlora_operator.lifecycle.claims import fields_on
 from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
 from qlora_operator.lifecycle.milestones import in_brief, milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
@@ -214,6 +215,26 @@ def _with_half_the_micro_batch(status: JobStatus, old: Plan) -> JobStatus:
     return status.model_copy(update={"plan": new, "attempts": (*status.attempts[:-1], last)})
 
 
+def pod_template_was_edited(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Stop what was started from another `spec.podTemplate`, such as an inspection whose image cannot be pulled.
+
+    It is not over: the attempt starts anew, from its checkpoint where it had one.
+    """
+    wanted = template_of(job)
+    outdated = [(task, n) for task, n, a in _in_state(job, seen, Active) if a.template and a.template != wanted]
+    if not outdated:
+        return None
+    names = ", ".join(task.name for task, _ in outdated)
+    message = f"stopping {names}: spec.podTemplate has changed since it was started"
+    situation = Situation(_underway(job, seen).phase, "Restarting", message)
+    return _say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in outdated), after=SOON)
+
+
+def template_of(job: Job) -> str:
+    """Fingerprint of the spec's pod template, which every stage's Job carries."""
+    return results.fingerprint(job.spec.pod_template.model_dump(mode="json", exclude_defaults=True))
+
+
 def inspection_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     """Look at model and data, on a CPU, before anything else."""
     if job.status.inspection is not None:
@@ -327,6 +348,7 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
     a_task_is_given_up,
     everything_is_published,
     budget_is_used_up,
+    pod_template_was_edited,
     inspection_is_missing,
     plan_is_missing,
     rests_at_its_plan,
@@ -388,10 +410,16 @@ def _underway(job: Job, seen: Observed) -> Situation:
         phase = PHASE_OF[first.stage] if first else Phase.PUBLISHING
         return Situation(phase, "Starting", f"starting {', '.join(task.name for task, _ in todo)}" if todo else "done")
     phase = PHASE_OF[at_work[0][0].stage]
-    message = "; ".join(f"{t.name} {f'waits: {s.waiting}' if s.waiting else 'is running'}" for t, s in at_work)
+    message = "; ".join(f"{task.name} {_doing(job, state)}" for task, state in at_work)
     if not all(state.waiting for _, state in at_work):
         return Situation(phase, "Running", message)
-    return Situation(Phase.SCHEDULING if phase is Phase.TRAINING else phase, "Waiting", message)
+    return Situation(Phase.SCHEDULING if phase is Phase.TRAINING else phase, at_work[0][1].reason, message)
+
+
+def _doing(job: Job, state: Active) -> str:
+    if state.missing_claim and (fields := fields_on(job.spec, state.missing_claim)):
+        return f"waits: {', '.join(fields)}: {state.waiting}"
+    return f"waits: {state.waiting}" if state.waiting else "is running"
 
 
 def _fail(job: Job, seen: Observed, now: datetime, reason: str, message: str, *, at: Task | None = None) -> Step:

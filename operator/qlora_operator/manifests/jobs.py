@@ -9,8 +9,8 @@ from typing import Any
 from qlora_api.exchange import CLAIMS_MOUNT, ORDER_PATH, WORK_MOUNT, ExitCode, Stage, claim_of
 from qlora_api.v1alpha1 import Plan
 from qlora_operator.lifecycle.answers import Outcome
-from qlora_operator.lifecycle.observed import CONTAINER, Job
-from qlora_operator.lifecycle.policies import work_claim
+from qlora_operator.lifecycle.observed import CONTAINER, TEMPLATE, Job
+from qlora_operator.lifecycle.policies import template_of, work_claim
 from qlora_operator.lifecycle.tasks import Task, ended
 from qlora_operator.manifests import reporting
 from qlora_operator.manifests.names import child_metadata, labels
@@ -59,7 +59,7 @@ def stage_job(
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": child_metadata(job, name, task),
+        "metadata": {**child_metadata(job, name, task), "annotations": {TEMPLATE: template_of(job)}},
         "spec": {
             "backoffLimit": 0,
             "podFailurePolicy": POD_FAILURE_POLICY,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_api.exchange import ExitCode
-from qlora_operator.lifecycle.observed import Absent, Active, Ended, Seen, Stopping, see
+from qlora_operator.lifecycle.observed import TEMPLATE, Absent, Active, Ended, Seen, Stopping, see
 from tests.unit.operator import given
 from tests.unit.operator.given import TRAIN
 
@@ -19,10 +19,11 @@ STARTED, FINISHED, OVER = "2026-09-01T12:00:00Z", "2026-09-01T12:30:00Z", "2026-
 AT_START, AT_FINISH, AT_END = (datetime.fromisoformat(text) for text in (STARTED, FINISHED, OVER))
 
 
-def stage_job(*conditions: str, deleted: bool = False, **status: Any) -> Raw:
+def stage_job(*conditions: str, deleted: bool = False, annotations: Raw | None = None, **status: Any) -> Raw:
     """The Job of an attempt, with `conditions` that are True."""
     said = [{"type": kind, "status": "True", "lastTransitionTime": OVER, "message": "m"} for kind in conditions]
     metadata = {"name": "support-bot-train-1", "uid": "job-1"} | ({"deletionTimestamp": OVER} if deleted else {})
+    metadata |= {"annotations": annotations} if annotations else {}
     return {"metadata": metadata, "status": {"startTime": STARTED, "conditions": said} | status}
 
 
@@ -35,7 +36,7 @@ def pod(
     **status: Any,
 ) -> Raw:
     """A pod of the Job, whose stage container is in `state`."""
-    containers = [] if state is None else [{"name": "stage", "state": state}]
+    containers = [] if state is None else [{"name": "stage", "image": "trainer:2", "state": state}]
     return {
         "metadata": {"creationTimestamp": created, "ownerReferences": [{"uid": owner}]},
         "spec": {"nodeName": node} if node else {},
@@ -61,6 +62,14 @@ def terminated(code: int, message: str | None = None, *, created: str = STARTED,
     return pod({"terminated": end}, created=created, phase="Succeeded" if code == 0 else "Failed")
 
 
+def no_image(why: str) -> str:
+    return (
+        f"its image trainer:2 cannot be pulled ({why}); if spec.podTemplate.image is wrong, suspend the job, "
+        "correct it and resume"
+    )
+
+
+FULL_NODES = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 RUNNING = {"running": {"startedAt": STARTED}}
 REPORT = given.report(TRAIN)
 FAILURE = given.report(TRAIN, failure="line 3: no role")
@@ -79,12 +88,21 @@ CASES: list[Any] = [
         id="the pod of an earlier Job of that name is not its own",
     ),
     pytest.param(
-        stage_job(), [unscheduled("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")],
-        Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."), id="unschedulable",
+        stage_job(), [unscheduled(f"{FULL_NODES} preemption: 0/3 nodes are available: 3 Preemption is not helpful.")],
+        Active(waiting=f"not scheduled: {FULL_NODES}", reason="Unschedulable"), id="unschedulable",
     ),
     pytest.param(
-        stage_job(), [waiting("ImagePullBackOff", 'Back-off pulling image "trainer:2"')],
-        Active("node-1", AT_START, 'ImagePullBackOff: Back-off pulling image "trainer:2"'), id="no image",
+        stage_job(), [unscheduled('0/1 nodes are available: persistentvolumeclaim "data" not found. preemption: …')],
+        Active(waiting="there is no PersistentVolumeClaim data in this namespace; create it", reason="ClaimMissing",
+               missing_claim="data"), id="a claim that is not there",
+    ),
+    pytest.param(
+        stage_job(), [waiting("InvalidImageName")],
+        Active("node-1", AT_START, no_image("InvalidImageName"), reason="ImageNotPulled"), id="not the name of an image",
+    ),
+    pytest.param(
+        stage_job(annotations={TEMPLATE: "sha256:t"}), [pod(RUNNING)], Active("node-1", AT_START, template="sha256:t"),
+        id="which pod template it was made from",
     ),
     pytest.param(
         stage_job(), [waiting("CreateContainerConfigError")],
@@ -127,8 +145,15 @@ CASES: list[Any] = [
     ),
     pytest.param(
         stage_job("Failed"), [terminated(137, reason="OOMKilled")],
-        Ended(False, exit_code=137, detail="OOMKilled", node="node-1", started=AT_START, ended=AT_FINISH),
+        Ended(False, exit_code=137, detail="OOMKilled: the node or the container's limit had no memory left for it",
+              node="node-1", started=AT_START, ended=AT_FINISH),
         id="killed by the kernel: no report",
+    ),
+    pytest.param(
+        stage_job("Failed"), [terminated(137, reason="Error")],
+        Ended(False, exit_code=137, detail="killed from outside (SIGKILL)", node="node-1", started=AT_START,
+              ended=AT_FINISH),
+        id="killed by somebody: no report",
     ),
     pytest.param(
         stage_job("Failed"), [terminated(1, '{"version":"v9"}', reason="Error")],
@@ -157,6 +182,15 @@ CASES: list[Any] = [
 def test_what_became_of_an_attempt(job: Raw | None, pods: list[Raw], expected: Seen) -> None:
     assert see(job, pods) == expected
     assert see(job, pods[::-1]) == expected, "the order in which the server lists them says nothing"
+
+
+def test_an_image_is_missed_in_the_same_words_between_two_tries_as_after_one() -> None:
+    """The kubelet goes back and forth between the two states: each change of the status would be a write."""
+    why = 'failed to resolve reference "trainer:2": not found'
+    tried = waiting("ErrImagePull", why)
+    waits = waiting("ImagePullBackOff", f'Back-off pulling image "trainer:2": ErrImagePull: {why}')
+    expected = Active("node-1", AT_START, no_image(why), reason="ImageNotPulled")
+    assert see(stage_job(), [tried]) == see(stage_job(), [waits]) == expected
 
 
 def test_a_sidecar_is_not_the_stage() -> None:

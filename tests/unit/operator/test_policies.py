@@ -11,7 +11,7 @@ import pytest
 
 from qlora_api.v1alpha1 import JobStatus, Phase, Progress, Usage, WorkVolume
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Seen, Stopping
-from qlora_operator.lifecycle.policies import POLICIES, call_refused, needs_nodes, next_step
+from qlora_operator.lifecycle.policies import POLICIES, call_refused, needs_nodes, next_step, template_of
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import tasks
 from tests.unit.operator import given
@@ -90,6 +90,18 @@ CASES = [
          says="inspect is running"),
     Case("what its pod waits for is said", job(), [], "Inspecting", "Waiting", says="ErrImagePull",
          attempts={"inspect-1": Active(waiting="ErrImagePull: no such image")}),
+    Case("a claim that is not there, by the fields that name it", job(), [], "Inspecting", "ClaimMissing",
+         says="inspect waits: spec.dataset.train[0].uri: there is no PersistentVolumeClaim data",
+         attempts={"inspect-1": Active(waiting="there is no PersistentVolumeClaim data", reason="ClaimMissing",
+                                       missing_claim="data")}),
+    Case("its image cannot be pulled: stopped once another pod template is asked for",
+         job({"suspend": True, "podTemplate.image": "trainer:3"}), [Stop(INSPECT, 1)], "Inspecting", "Restarting",
+         after=2, says="spec.podTemplate has changed",
+         attempts={"inspect-1": Active(waiting="ImagePullBackOff", template="sha256:of the other image")}),
+    Case("and started anew while still suspended", job({"suspend": True, "podTemplate.image": "trainer:3"}),
+         [Start(INSPECT, 1)], "Inspecting", "Starting"),
+    Case("the same pod template: left alone", job(), [], "Inspecting", "Running",
+         attempts={"inspect-1": Active("node-1", NOW, template=template_of(job()))}),
     Case("suspended from birth: inspected all the same", job(SUSPENDED), [Start(INSPECT, 1)], "Inspecting", "Starting"),
     Case("what this version does not do is refused at once", job({"queue": {"name": "gpus"}}), [], "Failed",
          "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.queue",
