@@ -74,10 +74,12 @@ def write_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_directory(target: Path, *, marker: str = "") -> Iterator[Path]:
+def whole_directory(target: Path, *, marker: str = "", replace: bool = True) -> Iterator[Path]:
     """A fresh directory beside `target` that becomes `target` when the block ends, and vanishes when it fails.
 
-    Left-overs of an attempt that was killed are removed first; `marker` tells apart writers of one target.
+    Left-overs of an attempt that was killed are removed first; `marker` tells apart writers of one target. Without
+    `replace`, a target that somebody has filled meanwhile is kept, and OSError (ENOTEMPTY) raised: that is how rename
+    works, so of two writers at once exactly one wins.
     """
     partial = target.with_name(f".{target.name}{marker}.partial")
     replaced = target.with_name(f".{target.name}{marker}.replaced")
@@ -88,7 +90,7 @@ def whole_directory(target: Path, *, marker: str = "") -> Iterator[Path]:
         for path in files_of(partial):
             sync(partial / path)
         shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
+        if replace and target.exists():
             target.rename(replaced)
         partial.rename(target)
         sync(target.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -39,24 +40,33 @@ def publish(order: PublishOrder, pod: Pod) -> PublishResult:
             record(order, result)
             return result
         if not order.overwrite:
-            raise BadInput(
-                f"output.uri: {order.output_uri} exists and holds something else: "
-                "choose another output.uri, remove what is there, or set output.overwrite"
-            )
+            raise _taken(order)
         log.info("%s is replaced", order.output_uri)
     if not target.parent.exists() and not Path(pod.claims).is_dir():
         raise BadInput(f"output.uri: the claim of {order.output_uri} is not mounted")
 
-    with whole_directory(target, marker=f".{order.job_uid}") as partial:
-        for name, digest in digests.items():
-            copy = partial / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if copy_file(source / name, copy) != digest or file_digest(copy) != digest:
-                raise OSError(f"{order.output_uri}/{name}: the bytes that arrived are not those that were sent")
-        (partial / MANIFEST_NAME).write_text(manifest, encoding="utf-8")
+    try:
+        with whole_directory(target, marker=f".{order.job_uid}", replace=order.overwrite) as partial:
+            for name, digest in digests.items():
+                copy = partial / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if copy_file(source / name, copy) != digest or file_digest(copy) != digest:
+                    raise OSError(f"{order.output_uri}/{name}: the bytes that arrived are not those that were sent")
+            (partial / MANIFEST_NAME).write_text(manifest, encoding="utf-8")
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another job was faster
+            raise _taken(order) from error
+        raise
     log.info("published %d files, %.1f MiB to %s", result.files, result.bytes / 2**20, order.output_uri)
     record(order, result)
     return result
+
+
+def _taken(order: PublishOrder) -> BadInput:
+    return BadInput(
+        f"output.uri: {order.output_uri} exists and holds something else: "
+        "choose another output.uri, remove what is there, or set output.overwrite"
+    )
 
 
 def manifest_text(order: PublishOrder, source: Path, digests: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from qlora_api.exchange import PublishOrder
 from qlora_trainer import publish as module
-from qlora_trainer.artifacts import directory_digest, file_digest
+from qlora_trainer.artifacts import directory_digest, file_digest, whole_directory
 from qlora_trainer.failures import BadInput
 from qlora_trainer.publish import MANIFEST_NAME, publish
 
@@ -70,6 +71,18 @@ def test_what_is_there_is_kept_unless_told_otherwise(place: Place, artifact: Pat
     publish(order(place, artifact, overwrite=True), place.pod)
     assert not (target / "precious").exists()
     assert [path.name for path in target.parent.iterdir()] == ["merged"]
+
+
+def test_of_two_writers_at_once_the_first_wins_and_is_left_alone(tmp_path: Path) -> None:
+    """Both have seen that nothing is there; only one can be right about it."""
+    target = tmp_path / "merged"
+    with pytest.raises(OSError) as refused, whole_directory(target, marker=".b", replace=False) as late:
+        (late / "whose").write_text("b")
+        with whole_directory(target, marker=".a", replace=False) as first:
+            (first / "whose").write_text("a")
+    assert refused.value.errno == errno.ENOTEMPTY
+    assert (target / "whose").read_text() == "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_a_damaged_copy_does_not_pass_for_published(place: Place, artifact: Path) -> None:
