@@ -53,6 +53,7 @@ generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard,
 	$(PYTHON) -m charts.monitoring.dashboard
 	$(PYTHON) -m charts.monitoring.page
 	$(PYTHON) -m tests.unit.test_chart
+	$(PYTHON) -m tests.e2e.troubleshooting
 
 format: $(VENV)/.ready ## Format the code
 	$(PYTHON) -m ruff format

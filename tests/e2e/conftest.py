@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,7 @@ from examples.quickstart.upload import DATA, HERE, fill_claim
 from qlora_operator.leadership import LEADER_LABEL
 from tests.cluster import images
 from tests.cluster.client import Cluster, Manifest
-
-BROKEN_LINE = 3
-BROKEN = '{"messages": [{"role": "user", "content": "q"}, {"role": "asistant", "content": "a"}]}'
+from tests.e2e.troubleshooting import write_bad_files
 
 
 VALUES = {
@@ -27,6 +24,9 @@ VALUES = {
     "stageEnv": {"OMP_NUM_THREADS": "1"},
     "resyncSeconds": 10,
     "operator": {"replicas": 2},
+    # several jobs at once on a small machine
+    "cpuStages": {"requests": {"cpu": "200m", "memory": "1Gi"}},
+    "trainStage": {"requests": {"cpu": "200m"}},
 }
 
 
@@ -56,6 +56,15 @@ class Product:
     def logs(self, name: str, stage: str) -> str:
         """What the stage's pods have written so far."""
         return "\n".join(self.cluster.logs(p["metadata"]["name"], self.namespace) for p in self.pods(name, stage))
+
+    def running(self, name: str, stage: str, timeout: float = 240) -> Manifest:
+        """The pod in which `stage` runs, once it does."""
+
+        def now() -> list[Manifest]:
+            return [p for p in self.pods(name, stage) if p["status"]["phase"] == "Running" and not _is_leaving(p)]
+
+        found = self.cluster.wait(f"{stage} of {name} runs", now, bool, timeout, self.namespace, interval=0.5)
+        return found[-1]
 
     def wait_for(self, name: str, *phases: str, timeout: float) -> Manifest:
         """The job, once it is in one of `phases`. A job that failed instead is an error at once."""
@@ -87,6 +96,10 @@ def leader(cluster: Cluster) -> Manifest:
     return pod
 
 
+def _is_leaving(pod: Manifest) -> bool:
+    return "deletionTimestamp" in pod["metadata"]
+
+
 def condition(job: Manifest, kind: str) -> Manifest:
     """The condition `kind` of a job; empty if it has none."""
     return next((c for c in job.get("status", {}).get("conditions", ()) if c["type"] == kind), {})
@@ -108,11 +121,7 @@ def product(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     install(cluster, built, VALUES)
     namespace = f"e2e-{uuid.uuid4().hex[:6]}"
     cluster.create_namespace(namespace)
-    broken = tmp_path_factory.mktemp("data") / "broken.jsonl"
-    lines = (HERE / "train.jsonl").read_text().splitlines()[:5]
-    lines[BROKEN_LINE - 1] = BROKEN
-    broken.write_text("\n".join(lines))
-    data: list[Path] = [*(HERE / name for name in DATA), broken]
-    fill_claim(cluster, namespace, built.trainer, tuple(data))
+    bad = write_bad_files(tmp_path_factory.mktemp("data"), HERE / "train.jsonl")
+    fill_claim(cluster, namespace, built.trainer, (*(HERE / name for name in DATA), bad))
     yield Product(cluster, built, namespace)
     cluster.delete("namespace", namespace, wait=False)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 
@@ -27,6 +25,7 @@ from tests.cluster import gpus, kwok, settings
 from tests.cluster.client import Cluster, Manifest
 from tests.e2e.conftest import Product, condition, leader, quickstart
 from tests.e2e.judge import judge
+from tests.e2e.processes import kill_operator
 
 pytestmark = pytest.mark.e2e
 
@@ -104,24 +103,6 @@ def run(product: Product) -> Iterator[Run]:
     )
     kwok.delete_nodes(cluster, fake)
     gpus.take(cluster)
-
-
-def kill_operator(cluster: Cluster) -> None:
-    """SIGKILL to the leader's process: nothing is handed over. The node's processes are this machine's."""
-    uid = leader(cluster)["metadata"]["uid"]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _is_operator_of(entry, uid):
-            os.kill(int(entry.name), signal.SIGKILL)
-            return
-    raise AssertionError(f"no process of pod {uid}")
-
-
-def _is_operator_of(process: Path, uid: str) -> bool:
-    try:
-        of_pod = uid in (process / "cgroup").read_text()
-        return of_pod and "qlora_operator" in (process / "cmdline").read_text()
-    except OSError:  # it ended meanwhile
-        return False
 
 
 def test_it_succeeds_and_says_what_and_where(run: Run) -> None:

@@ -141,7 +141,7 @@ def read_source(source: DataSource, where: str, pod: Pod, digests: dict[str, str
         ignored |= unused
         expected = found[0].format if found else expected
     if not examples:
-        raise BadInput(f"{where}: {source.uri} has no examples")
+        raise BadInput(f"{where}: {source.uri} has no examples; each line of a JSONL file is one")
     if ignored:
         log.info("%s: these keys are not used: %s", where, ", ".join(sorted(ignored)))
     return examples
@@ -193,7 +193,8 @@ def parse_line(line: bytes, expected: Format | None) -> tuple[Example, set[str]]
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        what = error.msg.removesuffix(" at")  # some of its messages end in it, some do not
+        raise ValueError(f"not JSON: {what} at column {error.colno}; each line is one whole example") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read: nested too deep") from error
     if not isinstance(row, dict):

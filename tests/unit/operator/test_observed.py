@@ -98,7 +98,8 @@ CASES: list[Any] = [
     ),
     pytest.param(
         stage_job(), [waiting("InvalidImageName")],
-        Active("node-1", AT_START, no_image("InvalidImageName"), reason="ImageNotPulled"), id="not the name of an image",
+        Active("node-1", AT_START, no_image("InvalidImageName"), reason="ImageNotPulled"),
+        id="not the name of an image",
     ),
     pytest.param(
         stage_job(annotations={TEMPLATE: "sha256:t"}), [pod(RUNNING)], Active("node-1", AT_START, template="sha256:t"),

@@ -1,0 +1,69 @@
+"""The processes inside pods, ended or held from outside: the node's processes are this machine's."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
+from tests.cluster import state
+from tests.cluster.client import Cluster, Manifest
+from tests.e2e.conftest import leader
+
+
+def kill(pod: Manifest, program: str) -> None:
+    """SIGKILL to the process of `pod` whose command line names `program`: nothing is saved or handed over."""
+    uid = pod["metadata"]["uid"]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _is_of(entry, uid, program):
+            os.kill(int(entry.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"pod {pod['metadata']['name']} has no process {program}")
+
+
+def _is_of(process: Path, uid: str, program: str) -> bool:
+    try:
+        return uid in (process / "cgroup").read_text() and program in (process / "cmdline").read_text()
+    except OSError:  # it ended meanwhile
+        return False
+
+
+def kill_operator(cluster: Cluster) -> None:
+    """SIGKILL to the replica that leads; the kubelet starts it again, and one of them takes over."""
+    kill(leader(cluster), "qlora_operator")
+
+
+@contextmanager
+def operator_away(cluster: Cluster) -> Iterator[None]:
+    """No operator meanwhile; afterwards as many as before."""
+    (deployment,) = cluster.list("deployment", OPERATOR_NAMESPACE)
+    name, replicas = deployment["metadata"]["name"], deployment["spec"]["replicas"]
+
+    def scale(count: int) -> None:
+        cluster.kubectl("scale", "deployment", name, f"--replicas={count}", namespace=OPERATOR_NAMESPACE)
+
+    scale(0)
+    try:
+        cluster.wait(
+            "the operator is gone", lambda: cluster.list("pod", OPERATOR_NAMESPACE), lambda pods: not pods, timeout=120
+        )
+        yield
+    finally:
+        scale(replicas)
+        cluster.kubectl("rollout", "status", "deployment", name, "--timeout=120s", namespace=OPERATOR_NAMESPACE)
+
+
+@contextmanager
+def api_server_away() -> Iterator[None]:
+    """The API server stands still meanwhile: connections stay open and nothing answers."""
+    found = state.load()
+    assert found
+    pid = next(process.pid for process in found.processes if process.name == "kube-apiserver")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
