@@ -39,7 +39,7 @@ def kill_operator(cluster: Cluster) -> None:
 @contextmanager
 def operator_away(cluster: Cluster) -> Iterator[None]:
     """No operator meanwhile; afterwards as many as before."""
-    (deployment,) = cluster.list("deployment", OPERATOR_NAMESPACE)
+    deployment = _deployment(cluster)
     name, replicas = deployment["metadata"]["name"], deployment["spec"]["replicas"]
 
     def scale(count: int) -> None:
@@ -53,7 +53,16 @@ def operator_away(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         scale(replicas)
-        cluster.kubectl("rollout", "status", "deployment", name, "--timeout=120s", namespace=OPERATOR_NAMESPACE)
+        _wait_rolled_out(cluster, name)
+
+
+def _deployment(cluster: Cluster) -> Manifest:
+    (deployment,) = cluster.list("deployment", OPERATOR_NAMESPACE)
+    return deployment
+
+
+def _wait_rolled_out(cluster: Cluster, name: str) -> None:
+    cluster.kubectl("rollout", "status", "deployment", name, "--timeout=120s", namespace=OPERATOR_NAMESPACE)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tests.cluster.client import KubectlError, Manifest
 from tests.e2e import invariants
 from tests.e2e.conftest import Product, condition, quickstart
 from tests.e2e.judge import judge
-from tests.e2e.processes import kill, operator_away, replace_operator
+from tests.e2e.processes import kill, kill_operator, operator_away, renew_operator
 from tests.e2e.troubleshooting import (
     DRAINED,
     EDITED,
@@ -190,7 +190,7 @@ def story(product: Product) -> Story:
         product.apply(job)
 
     product.running(SURVIVOR, "inspect")
-    replace_operator(cluster)
+    kill_operator(cluster)
 
     # a job deleted while it trains
     training(product, DOOMED)
@@ -216,7 +216,7 @@ def story(product: Product) -> Story:
         gone(product, GHOST)
     told.logs["job deleted"] = resumed(product, SURVIVOR)
 
-    replace_operator(cluster)
+    kill_operator(cluster)
     kill(product.running(SURVIVOR, "train"), "qlora_trainer")
     told.after_kill = said(product, SURVIVOR, KILLED)
     told.logs["killed"] = resumed(product, SURVIVOR)
@@ -227,11 +227,11 @@ def story(product: Product) -> Story:
 
     cluster.delete("pod", product.running(SURVIVOR, "train")["metadata"]["name"], namespace)
     told.logs["pod deleted"] = resumed(product, SURVIVOR)
+    renew_operator(cluster)
 
-    product.running(SURVIVOR, "merge")
-    replace_operator(cluster)
-    product.running(SURVIVOR, "publish")
-    replace_operator(cluster)
+    for stage in ("merge", "publish"):
+        product.running(SURVIVOR, stage)
+        kill_operator(cluster)
     told.done = product.wait_for(SURVIVOR, "Succeeded", timeout=300)
     return told
 
