@@ -344,6 +344,10 @@ class Story:
         running = self.running()
         return [running[n % len(running)]] if running else []
 
+    def image_of(self, name: str) -> str:
+        pod: Raw = self.world.children["Job", name]["spec"]["template"]["spec"]
+        return pod["containers"][0]["image"]
+
     # --- the operator ---
 
     def a_pass(self) -> None:
@@ -424,6 +428,10 @@ class Story:
             hardware = {"headroomPercent": [10, 15, 20][n % 3]}
             self.world.edit(lambda spec: spec.update(hardware=hardware, suspend=n % 2 == 0))
 
+    def edits_pod_template(self, n: int) -> None:
+        if self.world.object["spec"].get("suspend"):
+            self.world.edit(lambda spec: spec.update(podTemplate={"image": f"trainer:{n % 3}"}, suspend=n % 2 == 0))
+
     # --- the end ---
 
     def come_to_an_end(self, deaths: int) -> None:
@@ -439,6 +447,7 @@ class Story:
             self.a_pass()
             self.stopped_pods_are_gone(0)
             for name in self.running():
+                assert self.image_of(name) == world.object["spec"].get("podTemplate", {}).get("image", "trainer:1")
                 world.ends(name, "result")
             world.age(600)
         for n in range(6):
@@ -484,6 +493,7 @@ EVENTS: dict[Callable[[Story, int], None], int] = {
     Story.releases_the_plan: 2,
     Story.suspends_or_resumes: 1,
     Story.edits_hardware: 1,
+    Story.edits_pod_template: 1,
     Story.is_refused_a_call: 1,
     Story.a_pod_is_disrupted: 1,
     Story.somebody_deletes_a_stage: 1,
@@ -520,3 +530,21 @@ def test_no_work_is_lost_doubled_or_endless(
     for happens, n in events:
         happens(story, n)
     story.come_to_an_end(deaths)
+
+
+def test_an_edited_pod_template_reaches_an_inspection_that_suspending_does_not_stop() -> None:
+    """Its image may be the very thing that is wrong: the pod would wait for ever."""
+    story = Story({"storage": {"retain": "Delete"}, "retry": {"maxRestarts": 3}, "training.effectiveBatchSize": 32})
+    story.passes(0)
+    (inspect,) = story.running()
+    story.a_pod_appears(0)
+    story.suspends_or_resumes(0)
+    story.passes(0)
+    assert story.running() == [inspect]
+    story.edits_pod_template(2)
+    story.passes(0)
+    assert story.stopping() == [inspect]
+    story.stopped_pods_are_gone(0)
+    story.passes(0)
+    assert story.image_of(inspect) == "trainer:2"
+    story.come_to_an_end(0)
