@@ -14,7 +14,7 @@ from qlora_operator import events
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.conditions import unreadable
 from qlora_operator.lifecycle.observed import Job, Observed, Seen, see
-from qlora_operator.lifecycle.policies import FINISHED, call_refused, needs_nodes, next_step, work_claim
+from qlora_operator.lifecycle.policies import FINISHED, call_refused, needs_nodes, next_step, output_claim, work_claim
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Stop
 from qlora_operator.lifecycle.tasks import current
 from qlora_operator.manifests.claims import work_volume_claim
@@ -105,6 +105,8 @@ class Reconciler:
             if claim is not None and job.spec.storage.claim_name is None:
                 require_ours(claim, job.metadata.uid)
             claims[work_claim(job)] = claim is not None
+            if (output := output_claim(job)) and job.status.work_volume is None:
+                claims[output] = await self._cluster.claim(namespace, output) is not None
         nodes = await self._cluster.nodes() if needs_nodes(job) else None
         reported = self._reports.newest(job.metadata.uid) if self._reports else None
         return Observed(attempts, claims, nodes, self._settings.tolerations, reported)

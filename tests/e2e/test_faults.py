@@ -36,6 +36,8 @@ pytestmark = pytest.mark.e2e
 JOBS = "qlorajobs.qlora.dev"
 SMALL_GPU = gpus.Product(TINY, 512, "tiny", (7, 5))
 TAINT = {"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}
+#: Of `WAITING`, those that are through with their inspection and wait for a claim.
+NO_CLAIM_TO_WRITE = ("no-work-claim", "no-output-claim")
 RIVALS = ("rival-a", "rival-b")
 #: What pods get to stop in, by the chart's default.
 GRACE_SECONDS = 120
@@ -108,7 +110,7 @@ def test_what_may_come_is_waited_for(product: Product, all_at_once: None, troubl
 
 def test_what_waits_goes_on_when_its_cause_is_gone(product: Product, all_at_once: None) -> None:
     cluster, namespace = product.cluster, product.namespace
-    for claim in ("tickets", "models", "scratch"):
+    for claim in ("tickets", "models", "scratch", "results"):
         cluster.create(_claim(claim), namespace)
     product.edit("no-image", {"suspend": True})
     product.edit("no-image", {"podTemplate": {"image": product.images.trainer}})
@@ -125,8 +127,7 @@ def test_what_waits_goes_on_when_its_cause_is_gone(product: Product, all_at_once
         assert TINY in {r["flavour"] for r in planned["status"]["plan"]["rejected"]}
         healed = product.wait_for("no-image", "Planned", timeout=240)
         assert [a["number"] for a in healed["status"]["attempts"]] == [1]
-        done = product.wait_for("no-work-claim", "Succeeded", timeout=240)
-        for job in (planned, healed, done):
+        for job in (planned, healed, *(product.wait_for(n, "Succeeded", timeout=240) for n in NO_CLAIM_TO_WRITE)):
             invariants.check(cluster, job)
         cluster.delete(JOBS, "no-work-claim", namespace)
         assert cluster.find("persistentvolumeclaim", "scratch", namespace), "it is the user's"

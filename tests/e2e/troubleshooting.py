@@ -148,6 +148,13 @@ WAITING = (
         {"storage": {"claimName": "scratch"}, "planOnly": False},
     ),
     Trouble(
+        "no-output-claim", "Scheduling", "ClaimMissing",
+        "spec.output.uri: there is no PersistentVolumeClaim results in this namespace; create it",
+        "The results would have no place. Nothing is trained before there is one.",
+        "As before.",
+        {"output": {"uri": "pvc://results/tuned"}, "planOnly": False},
+    ),
+    Trouble(
         "no-image", "Inspecting", "ImageNotPulled",
         "inspect waits: its image …/no-such-trainer:v9 cannot be pulled (…); if spec.podTemplate.image is wrong, "
         "suspend the job, correct it and resume",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from qlora_api.exchange import Stage
+from qlora_api.exchange import Stage, claim_of
 from qlora_api.support import unsupported
 from qlora_api.v1alpha1 import Attempt, JobStatus, Phase, Plan, Progress, WorkVolume
 from qlora_operator import planner
@@ -50,6 +50,12 @@ def next_step(job: Job, seen: Observed, now: datetime) -> Step:
 def work_claim(job: Job) -> str:
     """Name of the claim that the stages work in: the user's, or the job's own."""
     return job.spec.storage.claim_name or f"{job.metadata.name}-work"
+
+
+def output_claim(job: Job) -> str | None:
+    """Name of the claim that the results go to; None where they go elsewhere."""
+    uri = job.spec.output.uri
+    return claim_of(uri)[0] if uri.startswith("pvc://") else None
 
 
 def needs_nodes(job: Job) -> bool:
@@ -318,6 +324,15 @@ def is_suspended(job: Job, seen: Observed, now: datetime) -> Step | None:
 # --- running ---
 
 
+def output_claim_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Say so before anything is trained, instead of when there is a result to be published."""
+    claim = output_claim(job)
+    if job.status.work_volume is not None or claim is None or seen.claims.get(claim, True):
+        return None
+    message = f"spec.output.uri: there is no PersistentVolumeClaim {claim} in this namespace; create it"
+    return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
+
+
 def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     """Claim it, with its size known; a claim that the user named must be there."""
     claim = work_claim(job)
@@ -353,6 +368,7 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
     plan_is_missing,
     rests_at_its_plan,
     is_suspended,
+    output_claim_is_missing,
     work_volume_is_missing,
     tasks_are_to_run,
 )

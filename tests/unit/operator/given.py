@@ -24,7 +24,7 @@ from qlora_api.exchange import (
 )
 from qlora_api.v1alpha1 import Artifact, Attempt, JobStatus, MemoryItem, MemoryPlan, Plan, QLoRAJob, WorkVolume
 from qlora_operator.lifecycle.observed import Ended, Job, Observed, Seen
-from qlora_operator.lifecycle.policies import planned_for, work_claim
+from qlora_operator.lifecycle.policies import output_claim, planned_for, work_claim
 from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
@@ -263,11 +263,17 @@ def exited(code: int, task: Task = TRAIN, *, says: str = "it says why", n: int =
 
 
 def seen(
-    of: Job, attempts: Mapping[str, Seen] | None = None, *, claim: bool = True, nodes: Iterable[Any] | None = None
+    of: Job,
+    attempts: Mapping[str, Seen] | None = None,
+    *,
+    claim: bool = True,
+    outputs: bool = True,
+    nodes: Iterable[Any] | None = None,
 ) -> Observed:
-    """What is there of `of`: attempts by the end of their names (`train-1`), and its work volume's claim."""
+    """What is there of `of`: attempts by the end of their names (`train-1`), its work volume's claim, its results'."""
+    claims = {output_claim(of) or "": outputs, work_claim(of): claim}
     named = {f"{of.metadata.name}-{end}": state for end, state in (attempts or {}).items()}
-    return Observed(named, {work_claim(of): claim}, None if nodes is None else list(nodes))
+    return Observed(named, claims, None if nodes is None else list(nodes))
 
 
 # --- nodes ---

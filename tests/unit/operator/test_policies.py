@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_api.v1alpha1 import JobStatus, Phase, Progress, Usage, WorkVolume
-from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Seen, Stopping
+from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Seen, Stopping
 from qlora_operator.lifecycle.policies import POLICIES, call_refused, needs_nodes, next_step, template_of
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import tasks
@@ -54,6 +54,7 @@ class Case:
     after: float | None = None
     attempts: Mapping[str, Seen] = field(default_factory=dict)
     claim: bool = True
+    outputs: bool = True
     nodes: Sequence[Any] | None = None
 
 
@@ -140,6 +141,10 @@ CASES = [
     Case("the claim is there: recorded", job(None, INSPECT, volume=False), [], "Training", "Starting", after=0),
     Case("the user's claim is missing: never made for them", job(OWN_CLAIM, INSPECT, volume=False), [], "Scheduling",
          "ClaimMissing", claim=False, after=60, says="no PersistentVolumeClaim scratch"),
+    Case("the claim for the results is missing: said before anything is trained", job(None, INSPECT, volume=False), [],
+         "Scheduling", "ClaimMissing", outputs=False, after=60, says="spec.output.uri: there is no Persistent"),
+    Case("and no longer asked for once it trains", job(None, INSPECT), [Start(TRAIN, 1)], "Training", "Starting",
+         outputs=False),
     Case("the claim went before anything was trained: claimed again", job(None, INSPECT), [CreateWorkVolume()],
          "Scheduling", "Claiming", claim=False, after=0),
     Case("the claim went with the adapter on it", job(FULL, INSPECT, TRAIN), [], "Failed", "WorkVolumeLost",
@@ -300,8 +305,12 @@ CASES = [
 # fmt: on
 
 
+def seen_in(case: Case) -> Observed:
+    return given.seen(case.job, case.attempts, claim=case.claim, outputs=case.outputs, nodes=case.nodes)
+
+
 def decide(case: Case) -> Step:
-    return next_step(case.job, given.seen(case.job, case.attempts, claim=case.claim, nodes=case.nodes), NOW)
+    return next_step(case.job, seen_in(case), NOW)
 
 
 def api_object(case: Case, status: JobStatus) -> dict[str, Any]:
@@ -337,7 +346,7 @@ def test_every_policy_is_told_in_the_table() -> None:
     """A policy without a case would be behaviour that nobody has looked at."""
     answered = set()
     for case in CASES:
-        seen = given.seen(case.job, case.attempts, claim=case.claim, nodes=case.nodes)
+        seen = seen_in(case)
         answered.add(next(policy.__name__ for policy in POLICIES if policy(case.job, seen, NOW)))
     assert answered == {policy.__name__ for policy in POLICIES}
 

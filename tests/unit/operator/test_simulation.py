@@ -326,9 +326,9 @@ class Story:
         self.world = World(given.document(spec))
         self.metrics = Metrics()  # of all the operators there will be
         self.operator = self.an_operator()
-        if "claimName" in self.world.storage:
-            claim: Raw = {"kind": "PersistentVolumeClaim", "metadata": {"name": "scratch", "uid": "theirs"}}
-            self.world.children["PersistentVolumeClaim", "scratch"] = claim
+        for name in ("results", *(["scratch"] if "claimName" in self.world.storage else [])):
+            claim: Raw = {"kind": "PersistentVolumeClaim", "metadata": {"name": name, "uid": f"their {name}"}}
+            self.world.children["PersistentVolumeClaim", name] = claim
 
     def an_operator(self) -> Reconciler:
         return Reconciler(self.world, SETTINGS, metrics=self.metrics)
