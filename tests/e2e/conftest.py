@@ -18,7 +18,6 @@ from tests.cluster import images
 from tests.cluster.client import Cluster, Manifest
 from tests.e2e.troubleshooting import write_bad_files
 
-
 VALUES = {
     "cpuAllowed": True,
     "stageEnv": {"OMP_NUM_THREADS": "1"},

@@ -18,7 +18,7 @@ from tests.cluster.client import KubectlError, Manifest
 from tests.e2e import invariants
 from tests.e2e.conftest import Product, condition, quickstart
 from tests.e2e.judge import judge
-from tests.e2e.processes import kill, kill_operator, operator_away, renew_operator
+from tests.e2e.processes import kill, kill_operator, operator_away
 from tests.e2e.troubleshooting import (
     DRAINED,
     EDITED,
@@ -228,7 +228,6 @@ def story(product: Product) -> Story:
 
     cluster.delete("pod", product.running(SURVIVOR, "train")["metadata"]["name"], namespace)
     told.logs["pod deleted"] = resumed(product, SURVIVOR)
-    renew_operator(cluster)
 
     for stage in ("merge", "publish"):
         product.running(SURVIVOR, stage)

@@ -23,7 +23,7 @@ from examples.quickstart.upload import HERE, MOUNT, shell
 from qlora_api.exchange import Stage
 from tests.cluster import gpus, kwok, settings
 from tests.cluster.client import Cluster, Manifest
-from tests.e2e.conftest import Product, condition, leader, quickstart
+from tests.e2e.conftest import Product, condition, quickstart
 from tests.e2e.judge import judge
 from tests.e2e.processes import kill_operator
 
