@@ -158,11 +158,12 @@ def kinds(cluster: Cluster) -> Iterator[None]:
     made = []
     try:
         for file in crds():
-            name = yaml.safe_load(file.read_text())["metadata"]["name"]
+            name = ".".join(reversed(file.stem.split("_")))  # a file is named group_plural.yaml, its CRD plural.group
             if name not in before:
                 cluster.kubectl("create", f"--filename={file}")
                 made.append(name)
-        cluster.kubectl("wait", "--for=condition=Established", *(f"crd/{name}" for name in made or before))
+        if made:
+            cluster.kubectl("wait", "--for=condition=Established", *(f"crd/{name}" for name in made))
         yield
     finally:
         if made:
@@ -225,7 +226,4 @@ def translated(cluster: Cluster, namespace: str, directory: Path) -> Iterator[Ca
         yield configuration
     finally:
         stop(running, server.stop_signal)
-        cluster.delete("prometheuses.monitoring.coreos.com", NAME, namespace)
-        # the operator that would remove them is gone, and their owner's deletion only frees them in time
-        for kind, name in (("statefulset", NAME), ("secret", NAME), ("configmap", f"{NAME}-rulefiles-0")):
-            cluster.delete(kind, f"prometheus-{name}", namespace, wait=False)
+        cluster.delete(f"prometheuses.{GROUP}", NAME, namespace)  # what it owns goes with it
