@@ -94,6 +94,7 @@ def watched(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
             cluster.wait("it is backed off", lambda: server.query("qlora_workqueue_backing_off == 1"), timeout=30)
             cluster.delete("qlorajobs.qlora.dev", BLOCKED, namespace)
             job = quickstart(NAME, training=SHORT, evaluation={}, hardware={"accelerator": "nvidia"})
+            job["spec"]["output"]["formats"] = ["adapter"]
             product.apply(job)
             finished = product.wait_for(NAME, "Succeeded", timeout=500)
             cluster.wait(
@@ -150,7 +151,7 @@ def test_the_operators_figures_are_those_of_the_status(watched: Watched) -> None
     ran = datetime.fromisoformat(training["ended"]) - datetime.fromisoformat(training["started"])
     held = increase(watched, f'qlora_gpu_seconds_total{{product="{gpus.T4.name}"}}')
     assert held == pytest.approx(ran.total_seconds())
-    for stage in ("inspect", "train", "merge"):
+    for stage in ("inspect", "train", "publish"):
         assert increase(watched, f'qlora_attempts_total{{stage="{stage}",outcome="Succeeded"}}') == 1
 
 
