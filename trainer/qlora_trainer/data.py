@@ -189,7 +189,7 @@ def parse_line(line: bytes, expected: Format | None) -> tuple[Example, set[str]]
     Raises ValueError with what is wrong, in words for the one who wrote it.
     """
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from error
     except json.JSONDecodeError as error:

@@ -26,7 +26,8 @@ GOOD = messages(("user", "a"), ("assistant", "b"))
     ("line", "mistake"),
     [
         (messages(("user", "a"), ("asistant", "b")), 'role "asistant"; roles are system, user, assistant, tool'),
-        (b'{"messages": [', "not JSON: "),
+        (b'{"messages": [', "not JSON: Expecting value at column 15; each line is one whole example"),
+        (b'{"messages": [{"role": "us', "not JSON: Unterminated string starting at column 24; each line"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"[1, 2]", "a JSON list, not an object"),
         (b"7", "a JSON number, not an object"),
