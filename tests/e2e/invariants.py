@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable, Iterable
 
 from qlora_operator.lifecycle.observed import OVER
 from tests.cluster.client import Cluster, Manifest
@@ -11,52 +12,68 @@ FINAL = ("Succeeded", "Failed")
 
 
 def check(cluster: Cluster, job: Manifest) -> None:
-    """Nothing doubled, lost or left over. `job` is as it was read before the children are."""
+    """Nothing doubled or lost, at once; nothing left over, as soon as what is to be deleted is gone."""
     name, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
     status = job["status"]
-    selector = f"qlora.dev/job={name}"
     assert status["message"], "no message"
     assert status["observedGeneration"] == job["metadata"]["generation"]
 
-    # attempts: each once, numbered without a gap, and nothing after a success
+    # each attempt once, numbered without a gap, and nothing after a success
     attempts = status.get("attempts", [])
     assert _doubles(a["job"] for a in attempts) == []
-    tasks = {_task(a["stage"], a.get("artifact")) for a in attempts}
-    for task in tasks:
+    for task in {_task(a["stage"], a.get("artifact")) for a in attempts}:
         mine = [a for a in attempts if _task(a["stage"], a.get("artifact")) == task]
         assert [a["number"] for a in mine] == list(range(1, len(mine) + 1)), task
         assert [a for a in mine[:-1] if a.get("outcome") in (None, "Succeeded")] == [], task
 
-    # Jobs: those of the attempts, and at most one alive for each task
-    jobs = cluster.list("job", namespace, selector)
-    known = {a["job"] for a in attempts}
-    alive = [j for j in jobs if not _is_over(j)]
-    assert {j["metadata"]["name"] for j in jobs if _is_over(j)} <= known, "a Job that no attempt tells of"
-    assert _doubles(_task_of(j) for j in alive) == []
-    assert {j["metadata"]["uid"] for j in jobs} >= {_owner(p) for p in cluster.list("pod", namespace, selector)}
-    assert _doubles(_task_of(p) for p in cluster.list("pod", namespace, selector) if _lives(p)) == []
-    names = known | {j["metadata"]["name"] for j in jobs}
-    assert {c["metadata"]["name"] for c in cluster.list("configmap", namespace, selector)} <= names
-    if status["phase"] in FINAL:
-        assert [j["metadata"]["name"] for j in alive] == [], "it is over, and something runs on"
+    # at most one Job and one pod alive for each task
+    assert _doubles(_task_of(j) for j in cluster.list("job", namespace, _of(name)) if not _is_over(j)) == []
+    assert _doubles(_task_of(p) for p in cluster.list("pod", namespace, _of(name)) if _lives(p)) == []
 
-    # the work volume: one, and there if and only if the status says so
-    volume = status.get("workVolume", {})
-    claims = [c["metadata"]["name"] for c in cluster.list("persistentvolumeclaim", namespace, selector)]
-    kept = [volume["claimName"]] if volume.get("retained") else []
-    own = [claim for claim in kept if claim != job["spec"].get("storage", {}).get("claimName")]
-    assert claims == own
+    cluster.wait(
+        f"{name} has the children that its status tells of, and no other",
+        lambda: strays(cluster, name, namespace),
+        lambda found: not found,
+        namespace=namespace,
+        interval=1,
+    )
+
+
+def strays(cluster: Cluster, name: str, namespace: str) -> list[str]:
+    """What differs between the children that are there and those that the status tells of."""
+    job = cluster.get("qlorajobs.qlora.dev", name, namespace)
+    jobs = cluster.list("job", namespace, _of(name))
+    known = {a["job"] for a in job["status"].get("attempts", ())}
+    alive = {j["metadata"]["name"] for j in jobs if not _is_over(j)}
+    over = {j["metadata"]["name"] for j in jobs} - alive
+    found = [f"Job {other}: no attempt tells of it" for other in over - known]
+    if job["status"]["phase"] in FINAL:
+        found += [f"Job {other}: runs on" for other in alive]
+    owners = {j["metadata"]["uid"] for j in jobs}
+    pods = cluster.list("pod", namespace, _of(name))
+    found += [f"pod {pod['metadata']['name']}: without its Job" for pod in pods if _owner(pod) not in owners]
+    orders = {c["metadata"]["name"] for c in cluster.list("configmap", namespace, _of(name))}
+    found += [f"ConfigMap {other}: without an attempt" for other in orders - known - alive]
+    volume = job["status"].get("workVolume", {})
+    theirs = job["spec"].get("storage", {}).get("claimName")
+    promised = {volume["claimName"]} - {theirs} if volume.get("retained") else set()
+    claims = {c["metadata"]["name"] for c in cluster.list("persistentvolumeclaim", namespace, _of(name))}
+    return found + [f"claim {claim}: the status says otherwise" for claim in promised ^ claims]
 
 
 def left_of(cluster: Cluster, name: str, namespace: str) -> list[str]:
     """What is there of a job that was deleted: itself and its children, as kind/name."""
-    children = cluster.list("job,pod,configmap,persistentvolumeclaim", namespace, f"qlora.dev/job={name}")
+    children = cluster.list("job,pod,configmap,persistentvolumeclaim", namespace, _of(name))
     itself = cluster.find("qlorajobs.qlora.dev", name, namespace)
     return sorted(f"{o['kind']}/{o['metadata']['name']}" for o in [*children, *([itself] if itself else [])])
 
 
-def _doubles(values: object) -> list[object]:
-    return [value for value, times in Counter(values).items() if times > 1]  # type: ignore[arg-type]
+def _of(name: str) -> str:
+    return f"qlora.dev/job={name}"
+
+
+def _doubles(values: Iterable[Hashable]) -> list[Hashable]:
+    return [value for value, times in Counter(values).items() if times > 1]
 
 
 def _task(stage: str, artifact: str | None) -> str:

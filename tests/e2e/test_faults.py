@@ -217,7 +217,6 @@ def story(product: Product) -> Story:
         gone(product, GHOST)
     told.logs["job deleted"] = resumed(product, SURVIVOR)
 
-    kill_operator(cluster)
     kill(product.running(SURVIVOR, "train"), "qlora_trainer")
     told.after_kill = said(product, SURVIVOR, KILLED)
     told.logs["killed"] = resumed(product, SURVIVOR)
@@ -226,6 +225,7 @@ def story(product: Product) -> Story:
         told.while_drained = said(product, SURVIVOR, DRAINED)
     told.logs["drained"] = resumed(product, SURVIVOR)
 
+    kill_operator(cluster)
     cluster.delete("pod", product.running(SURVIVOR, "train")["metadata"]["name"], namespace)
     told.logs["pod deleted"] = resumed(product, SURVIVOR)
 
