@@ -48,7 +48,8 @@ def install(cluster: Cluster, images: Images, values: Mapping[str, Any] | None =
     for name, reference in (("operator", images.operator), ("trainer", images.trainer)):
         document[name] = {**document.get(name, {}), "image": image_values(reference)}
     command = ["helm", "upgrade", "--install", "qlora-operator", str(CHART), "--namespace", NAMESPACE]
-    command += ["--values", "-", "--wait", "--timeout", "5m"]
+    # the definition may have been applied by hand before
+    command += ["--values", "-", "--wait", "--timeout", "5m", "--force-conflicts"]
     environment = {**os.environ, **cluster.environment()}
     with step("helm upgrade --install, until the operator is ready"):
         done = subprocess.run(command, input=yaml.safe_dump(document), capture_output=True, text=True, env=environment)
