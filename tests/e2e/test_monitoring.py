@@ -180,7 +180,7 @@ def filled_in(expression: str) -> str:
     return expression
 
 
-@pytest.mark.parametrize(("panel", "expression"), dashboard_queries())
+@pytest.mark.parametrize(("panel", "expression"), list(dashboard_queries()))
 def test_every_query_of_the_dashboard_returns_data(watched: Watched, panel: str, expression: str) -> None:
     found = watched.server.query_range(filled_in(expression), watched.start, watched.end)
     values = [value for _, points in found for _, value in points if not math.isnan(value)]
