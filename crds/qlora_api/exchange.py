@@ -22,7 +22,11 @@ VERSION = "v1alpha1"
 
 ORDER_PATH = "/etc/qlora/order.json"
 WORK_MOUNT = "/work"
+#: Scratch space of a pod; inspect has nothing else. The kubelet evicts a pod that takes more, again and again.
+SCRATCH_GIB = 4
 CLAIMS_MOUNT = "/claims"
+#: Below it each Secret that the stage needs, a directory of its name with a file per key.
+CREDENTIALS_MOUNT = "/credentials"
 REPORT_PATH = "/dev/termination-log"
 #: The kubelet cuts termination messages at 4096 bytes (all containers of a pod share 12 KiB).
 REPORT_MAX_BYTES = 4096
@@ -121,7 +125,9 @@ class Inspection(Document):
     """What the inspect stage found in the model and the data."""
 
     architecture: str = Field(description="Class of the model, for example LlamaForCausalLM.")
-    model_digest: str = Field(description="Over config, tokenizer files and the weights' headers and sizes.")
+    model_digest: str = Field(
+        description="Over config, tokenizer files and the weights' headers and sizes; in a store, over their ETags too."
+    )
     data_digest: str = Field(description="Over every data file's bytes, in the order of the spec.")
     shape: ModelShape = Field(description="The model's shape.")
     examples: int = Field(ge=0, description="Training examples left after removing duplicates and the eval split.")
@@ -135,6 +141,9 @@ class Inspection(Document):
     loss_token_percent: float = Field(ge=0, le=100, description="Tokens that carry loss.")
     duplicates: int = Field(ge=0, description="Training examples removed because an equal one came before.")
     leakage: int = Field(ge=0, description="Eval and golden examples that are also training examples.")
+    download_bytes: int = Field(
+        default=0, ge=0, description="Model and data in stores: what train downloads to the work volume."
+    )
 
 
 class Recipe(Document):
@@ -198,6 +207,7 @@ class DataSource(Document):
 
     uri: str
     format: str | None = None
+    secret: str | None = Field(default=None, description="Name of the Secret for the store, never its content.")
 
 
 class DataOrder(Document):
@@ -226,7 +236,10 @@ class InspectOrder(OrderEnvelope):
 
     stage: Literal[Stage.INSPECT] = Stage.INSPECT
     model_uri: str
+    model_secret: str | None = None
     data: DataOrder
+    output_uri: str | None = Field(default=None, description="A store that the results go to: whether it can be used.")
+    output_secret: str | None = None
     max_length: int | None = None
     packing: bool = True
     loss: Literal["assistant", "completion", "all"] | None = None
@@ -237,6 +250,7 @@ class TrainOrder(OrderEnvelope):
 
     stage: Literal[Stage.TRAIN] = Stage.TRAIN
     model_uri: str
+    model_secret: str | None = None
     model_digest: str
     data: DataOrder
     data_digest: str
@@ -251,13 +265,15 @@ class TrainOrder(OrderEnvelope):
     def binding(self) -> str:
         """What a checkpoint and an adapter are bound to; `sha256:…`.
 
-        Micro-batch, accumulation, checkpoint interval and device may change under a checkpoint; nothing else may.
+        Micro-batch, accumulation, checkpoint interval, device and Secrets may change under a checkpoint; nothing else.
         """
+        unbound = {"secret"}
         bound = self.model_dump(
             mode="json",
             by_alias=True,
             exclude_none=True,
             include={"version", "model_digest", "data_digest", "data", "recipe"},
+            exclude={"data": {"train": {"__all__": unbound}, "eval": unbound, "golden": unbound}},
         )
         return f"sha256:{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()}"
 
@@ -267,6 +283,7 @@ class MergeOrder(OrderEnvelope):
 
     stage: Literal[Stage.MERGE] = Stage.MERGE
     model_uri: str
+    model_secret: str | None = None
     model_digest: str
     recipe: Recipe
     adapter_digest: str
@@ -280,6 +297,7 @@ class PublishOrder(OrderEnvelope):
     artifact: ArtifactName
     artifact_digest: str
     output_uri: str = Field(description="The artifact's own place: the spec's output.uri and the artifact's name.")
+    output_secret: str | None = None
     overwrite: bool = False
     provenance: dict[str, Any] = Field(default_factory=dict, description="Goes into the artifact's manifest as it is.")
 
@@ -483,7 +501,7 @@ class ProgressDocument(Document):
         return found
 
 
-# --- where a claim is mounted ---
+# --- where claims and stores are ---
 
 
 #: The name of a Kubernetes object.
@@ -503,3 +521,18 @@ def mounted_path(uri: str, *, claims: str = CLAIMS_MOUNT) -> PurePosixPath:
     """Where a pod finds `pvc://claim/path`: `/claims/<claim>/<path>`. Raises ValueError as `claim_of`."""
     claim, path = claim_of(uri)
     return PurePosixPath(claims) / claim / path
+
+
+def is_claim(uri: str) -> bool:
+    """Whether `uri` lies on a claim, which pods mount, rather than in a store that they ask."""
+    return uri.startswith("pvc://")
+
+
+def bucket_of(uri: str) -> tuple[str, str]:
+    """`s3://bucket/path` as (bucket, path). Raises ValueError for anything else."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, path = rest.partition("/")
+    path = path.strip("/")
+    if scheme != "s3" or not bucket or not path or {"", ".", ".."} & set(path.split("/")):
+        raise ValueError(f"{uri}: expected s3://<bucket>/<path>, the path without '.' and '..'")
+    return bucket, path

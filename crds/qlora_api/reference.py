@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_api.schema import COLUMNS, Schema, bounds_of, default_of, structural, write_or_check
-from qlora_api.support import NOT_YET, OnlyScheme, limit_on
+from qlora_api.support import NOT_YET, OnlySchemes, limit_on
 from qlora_api.v1alpha1 import (
     API_VERSION,
     DURATION_PATTERN,
@@ -81,9 +81,8 @@ def support_for(path: str) -> str:
         return "yes"
     if limit is NOT_YET:
         return "not yet"
-    return (
-        f"`{limit.scheme}://`" if isinstance(limit, OnlyScheme) else ", ".join(f"`{value}`" for value in limit.values)
-    )
+    works = [f"{scheme}://" for scheme in limit.examples] if isinstance(limit, OnlySchemes) else limit.values
+    return ", ".join(f"`{value}`" for value in works)
 
 
 def table(heading: Iterable[str], lines: Iterable[Iterable[str]]) -> str:

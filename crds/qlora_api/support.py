@@ -4,7 +4,7 @@ The fields are listed by their dotted path, `[]` for the items of a list. A path
 a later version builds is taken out of `LIMITS`; a test asks that every field of the spec stands in one of the tables.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,38 +27,34 @@ class Only:
 
 
 @dataclass(frozen=True)
-class OnlyScheme:
-    """An address of which only one scheme works yet."""
+class OnlySchemes:
+    """An address of which only some schemes work yet: scheme to example."""
 
-    scheme: str
-    example: str
+    examples: Mapping[str, str]
 
     def takes(self, value: Any) -> bool:
         """Whether this version can reach the address."""
-        return str(value).startswith(f"{self.scheme}://")
+        return str(value).partition("://")[0] in self.examples
 
     def advice(self) -> str:
         """What to do instead."""
-        return f"use {self.example}"
+        return f"use {' or '.join(self.examples.values())}"
 
 
 NOT_YET = Only()
-CLAIMS = OnlyScheme("pvc", "pvc://claim/path")
+CLAIM_OR_S3 = OnlySchemes({"pvc": "pvc://claim/path", "s3": "s3://bucket/path"})
 
-LIMITS: dict[str, Only | OnlyScheme] = {
-    "model.uri": CLAIMS,
+LIMITS: dict[str, Only | OnlySchemes] = {
+    "model.uri": CLAIM_OR_S3,
     "model.revision": NOT_YET,
-    "model.credentialsSecretRef": NOT_YET,
     "model.trustRemoteCode": NOT_YET,
-    "dataset.train[].uri": CLAIMS,
+    "dataset.train[].uri": CLAIM_OR_S3,
     "dataset.train[].revision": NOT_YET,
     "dataset.train[].format": Only(("messages", "prompt-completion")),
-    "dataset.train[].credentialsSecretRef": NOT_YET,
     "dataset.train[].weight": NOT_YET,
-    "dataset.eval.uri": CLAIMS,
+    "dataset.eval.uri": CLAIM_OR_S3,
     "dataset.eval.revision": NOT_YET,
     "dataset.eval.format": Only(("messages", "prompt-completion")),
-    "dataset.eval.credentialsSecretRef": NOT_YET,
     "quantization.computeDtype": Only(("bfloat16", "float32")),
     "lora.dora": NOT_YET,
     "lora.init": NOT_YET,
@@ -66,10 +62,9 @@ LIMITS: dict[str, Only | OnlyScheme] = {
     "training.offload": NOT_YET,
     "training.earlyStoppingEpochs": NOT_YET,
     "training.bestMetric": NOT_YET,
-    "evaluation.golden.uri": CLAIMS,
+    "evaluation.golden.uri": CLAIM_OR_S3,
     "evaluation.golden.revision": NOT_YET,
     "evaluation.golden.format": Only(("messages", "prompt-completion")),
-    "evaluation.golden.credentialsSecretRef": NOT_YET,
     "evaluation.canary": NOT_YET,
     "evaluation.metrics[]": Only(("exactMatch",)),
     "evaluation.gates": NOT_YET,
@@ -79,14 +74,16 @@ LIMITS: dict[str, Only | OnlyScheme] = {
     "hardware.nodes": Only((1,)),
     "hardware.allocation": NOT_YET,
     "queue": NOT_YET,
-    "output.uri": CLAIMS,
-    "output.credentialsSecretRef": NOT_YET,
+    "output.uri": CLAIM_OR_S3,
     "output.formats[]": Only(("adapter", "merged")),
     "output.signingKeySecretRef": NOT_YET,
     "offline": NOT_YET,
 }
 
 SUPPORTED = frozenset({
+    "model.credentialsSecretRef",
+    "dataset.train[].credentialsSecretRef",
+    "dataset.eval.credentialsSecretRef",
     "dataset.evalFraction",
     "dataset.maxLength",
     "dataset.packing",
@@ -113,12 +110,14 @@ SUPPORTED = frozenset({
     "training.gradientCheckpointing",
     "training.maxGradNorm",
     "training.evalsPerEpoch",
+    "evaluation.golden.credentialsSecretRef",
     "hardware.gpuProducts",
     "hardware.maxGPUs",
     "hardware.headroomPercent",
     "podTemplate",
     "storage",
     "checkpoint",
+    "output.credentialsSecretRef",
     "output.mergeBase",
     "output.overwrite",
     "retry",
@@ -149,7 +148,7 @@ def _refused(node: Any, path: str, shown: str) -> Iterator[str]:
             yield from _refused(child, f"{path}[]", f"{shown}[{index}]")
 
 
-def limit_on(path: str) -> Only | OnlyScheme | None:
+def limit_on(path: str) -> Only | OnlySchemes | None:
     """What holds for the field at `path`: its own entry in `LIMITS`, that of what it lies in, or none.
 
     Raises KeyError when the field stands in neither table: say there whether this version does what it promises.

@@ -225,8 +225,8 @@ def host_memory_bytes(inspection: Inspection) -> int:
 
 def disk_bytes(spec: JobSpec, inspection: Inspection, recipe: Recipe) -> int:
     """The work volume: the adapter, checkpoints (adapter and two fp32 moments, and one being written), the merged
-    model, and a gibibyte for results."""
+    model, what is downloaded from stores, and a gibibyte for results."""
     adapter = 4 * lora_parameters(inspection.shape, rank=recipe.rank, target_modules=recipe.target_modules)
     merged = inspection.shape.parameters * DTYPE_BYTES.get(inspection.shape.dtype, 4)
-    total = adapter + 3 * adapter * (spec.checkpoint.keep + 1) + GIB
+    total = adapter + 3 * adapter * (spec.checkpoint.keep + 1) + inspection.download_bytes + GIB
     return total + merged if "merged" in spec.output.formats else total

@@ -41,6 +41,7 @@ def leaves(node: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
             yield here, child
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SPEC = structural(JobSpec)
 LEAVES = dict(leaves(SPEC))
 
@@ -265,19 +266,20 @@ def asked(edits: dict[str, Any]) -> list[str]:
 
 SECRET = {"name": "store"}
 REFUSED = [
-    ("spec.model.uri", "hf://org/model", "hf://org/model is not supported by this version; use pvc://claim/path"),
+    (
+        "spec.model.uri",
+        "hf://org/model",
+        "hf://org/model is not supported by this version; use pvc://claim/path or s3:",
+    ),
     ("spec.model.revision", "main", "not supported by this version; remove the field"),
-    ("spec.model.credentialsSecretRef", SECRET, "not supported by this version; remove the field"),
     ("spec.model.trustRemoteCode", True, "not supported by this version; remove the field"),
-    ("spec.dataset.train[0].uri", "s3://b/t.jsonl", "use pvc://claim/path"),
+    ("spec.dataset.train[0].uri", "hf://b/t.jsonl", "use pvc://claim/path or s3://bucket/path"),
     ("spec.dataset.train[0].revision", "v1", "remove the field"),
     ("spec.dataset.train[0].format", "sharegpt", "sharegpt is not supported by this version; use messages or prompt"),
-    ("spec.dataset.train[0].credentialsSecretRef", SECRET, "remove the field"),
     ("spec.dataset.train[0].weight", 2, "remove the field"),
-    ("spec.dataset.eval.uri", "s3://b/e.jsonl", "use pvc://claim/path"),
+    ("spec.dataset.eval.uri", "oci://b/e.jsonl", "use pvc://claim/path or s3://bucket/path"),
     ("spec.dataset.eval.revision", "v1", "remove the field"),
     ("spec.dataset.eval.format", "text", "use messages or prompt-completion"),
-    ("spec.dataset.eval.credentialsSecretRef", SECRET, "remove the field"),
     ("spec.quantization.computeDtype", "float16", "use bfloat16 or float32"),
     ("spec.lora.dora", True, "remove the field"),
     ("spec.lora.init", "loftq", "remove the field"),
@@ -288,7 +290,6 @@ REFUSED = [
     ("spec.evaluation.golden.uri", "oci://registry/golden", "use pvc://claim/path"),
     ("spec.evaluation.golden.revision", "v1", "remove the field"),
     ("spec.evaluation.golden.format", "instruction", "use messages or prompt-completion"),
-    ("spec.evaluation.golden.credentialsSecretRef", SECRET, "remove the field"),
     ("spec.evaluation.canary", A_SOURCE, "remove the field"),
     ("spec.evaluation.metrics[0]", "rougeL", "rougeL is not supported by this version; use exactMatch"),
     ("spec.evaluation.gates", [{"metric": "evalLoss", "max": 2}], "remove the field"),
@@ -298,8 +299,7 @@ REFUSED = [
     ("spec.hardware.nodes", 2, "use 1"),
     ("spec.hardware.allocation", "dra", "remove the field"),
     ("spec.queue", {"name": "team-a"}, "remove the field"),
-    ("spec.output.uri", "s3://b/out", "use pvc://claim/path"),
-    ("spec.output.credentialsSecretRef", SECRET, "remove the field"),
+    ("spec.output.uri", "oci://b/out", "use pvc://claim/path or s3://bucket/path"),
     ("spec.output.formats[0]", "fp8", "fp8 is not supported by this version; use adapter or merged"),
     ("spec.output.signingKeySecretRef", SECRET, "remove the field"),
     ("spec.offline", True, "remove the field"),
@@ -325,7 +325,14 @@ def test_every_limit_has_a_case():
 def test_what_is_built_is_taken():
     assert asked({}) == []
     everything = {
-        "spec.dataset.train": [{"uri": "pvc://d/a", "format": "messages"}, {"uri": "pvc://d/b"}],
+        "spec.model": {"uri": "s3://models/base", "credentialsSecretRef": SECRET},
+        "spec.dataset.train": [
+            {"uri": "pvc://d/a", "format": "messages"},
+            {"uri": "s3://d/b", "credentialsSecretRef": SECRET},
+        ],
+        "spec.evaluation.golden": {"uri": "s3://d/golden.jsonl", "credentialsSecretRef": SECRET},
+        "spec.output.uri": "s3://results/tuned",
+        "spec.output.credentialsSecretRef": SECRET,
         "spec.dataset.evalFraction": 0.1,
         "spec.quantization.computeDtype": "float32",
         "spec.training.attention": "eager",
@@ -335,6 +342,11 @@ def test_what_is_built_is_taken():
         "spec.podTemplate.tolerations": [{"operator": "Exists"}],
     }
     assert asked(everything) == []
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_are_jobs_that_this_version_runs(path: Path):
+    assert unsupported(QLoRAJob.read(yaml.safe_load(path.read_text())).spec) == []
 
 
 def test_a_default_written_out_is_no_wish():

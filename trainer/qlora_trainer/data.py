@@ -24,6 +24,7 @@ _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+EVAL, GOLDEN = "dataset.eval", "evaluation.golden"
 #: So many mistakes are named at once; nobody wants to hear of them one by one.
 _MISTAKES_NAMED = 5
 
@@ -84,10 +85,11 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
     """
     digests: dict[str, str] = {}
     read: list[Example] = []
-    for number, source in enumerate(data.train):
-        read += read_source(source, f"dataset.train[{number}]", pod, digests)
-    held_out = read_source(data.eval, "dataset.eval", pod, digests) if data.eval else []
-    golden = read_source(data.golden, "evaluation.golden", pod, digests) if data.golden else []
+    held_out: list[Example] = []
+    golden: list[Example] = []
+    for where, source in named_sources(data):
+        into = {EVAL: held_out, GOLDEN: golden}.get(where, read)
+        into += read_source(source, where, pod, digests)
 
     formats = sorted({example.format for example in (*read, *held_out)})
     if len(formats) > 1:
@@ -115,6 +117,13 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
         if count:
             log.info("LEAKAGE: %d %s examples are also training examples; their score says little", count, name)
     return Corpus(train, held_out, golden, combined_digest(digests), duplicates, leaked)
+
+
+def named_sources(data: DataOrder) -> list[tuple[str, DataSource]]:
+    """Every source of `data`, with the field of the spec that names it."""
+    held_out = [(EVAL, data.eval), (GOLDEN, data.golden)]
+    train = [(f"dataset.train[{number}]", source) for number, source in enumerate(data.train)]
+    return train + [(where, source) for where, source in held_out if source]
 
 
 def read_source(source: DataSource, where: str, pod: Pod, digests: dict[str, str]) -> list[Example]:

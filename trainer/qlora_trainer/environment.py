@@ -7,11 +7,12 @@ import os
 import resource
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qlora_api.exchange import CLAIMS_MOUNT, mounted_path
+from qlora_api.exchange import CLAIMS_MOUNT, CREDENTIALS_MOUNT, mounted_path
 from qlora_trainer.failures import BadInput, EnvironmentUnfit
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.standing import Watcher
@@ -24,14 +25,21 @@ log = logging.getLogger("qlora_trainer")
 
 @dataclass(frozen=True)
 class Pod:
-    """What surrounds a stage: where the claims are mounted, whether the pod was told to stop, and who watches."""
+    """What surrounds a stage: where claims and Secrets are mounted, whether the pod was told to stop, and who watches.
+
+    `inputs` has what was brought from stores, by the field of the spec that names it.
+    """
 
     interruption: Interruption
     claims: str = CLAIMS_MOUNT
     watchers: tuple[Watcher, ...] = ()
+    credentials: str = CREDENTIALS_MOUNT
+    inputs: Mapping[str, Path] = field(default_factory=dict)
 
     def path_of(self, uri: str, field: str) -> Path:
         """Where `uri` lies here. Raises BadInput, naming `field` of the spec, when the scheme is not known."""
+        if field in self.inputs:
+            return self.inputs[field]
         try:
             return Path(mounted_path(uri, claims=self.claims))
         except ValueError as error:

@@ -13,7 +13,7 @@ from qlora_api.exchange import ExitCode
 class StageError(Exception):
     """A stage cannot go on. Its text is for the user: what was wrong, where, and what to do."""
 
-    exit_code: ClassVar[ExitCode]
+    exit_code: ClassVar[int]
 
 
 class BadInput(StageError):
@@ -38,6 +38,12 @@ class EnvironmentUnfit(StageError):
     """This node lacks what the order needs."""
 
     exit_code = ExitCode.ENVIRONMENT_UNFIT
+
+
+class Unavailable(StageError):
+    """Something outside is not there now and may come back: another attempt, later, can end otherwise."""
+
+    exit_code = 1
 
 
 def describe(error: BaseException) -> tuple[int, str]:

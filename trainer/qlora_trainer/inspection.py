@@ -10,8 +10,10 @@ from qlora_api.exchange import Inspection, InspectOrder, TokenCounts
 from qlora_trainer.data import Corpus, read_corpus
 from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
+from qlora_trainer.inputs import download_bytes, with_inputs
 from qlora_trainer.model import open_base
 from qlora_trainer.sequences import NO_LOSS, Sequence, Tokenisation, cut, pack
+from qlora_trainer.stores import open_store
 
 #: Sequence lengths are rounded up to this, which suits the kernels.
 LENGTH_STEP = 64
@@ -22,6 +24,10 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
     """Look at model and data. Raises BadInput for what cannot work, in the words of the spec."""
     quiet_libraries()
     log.info("looking at %s", order.model_uri)
+    pod = with_inputs(order, pod)
+    if order.output_uri:
+        store = open_store("output", order.output_uri, order.output_secret, pod)
+        log.info("%s can be used; %d objects are there", order.output_uri, len(store.objects()))
     base = open_base(Path(pod.path_of(order.model_uri, "model.uri")), order.model_uri)
     log.info(
         "%s, %.3g parameters stored as %s, sequences of up to %d tokens",
@@ -76,6 +82,7 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         loss_token_percent=round(100 * carrying / sum(len(sequence.ids) for sequence in kept), 2),
         duplicates=corpus.duplicates,
         leakage=sum(corpus.leaked.values()),
+        download_bytes=download_bytes(pod),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qlora_api.exchange import (
     CLAIMS_MOUNT,
+    CREDENTIALS_MOUNT,
     METRICS_PORT,
     ORDER_PATH,
     REPORT_MAX_BYTES,
@@ -28,7 +29,7 @@ from qlora_api.exchange import (
     succeeded,
 )
 from qlora_trainer.environment import Pod, log, prepare_process
-from qlora_trainer.failures import describe
+from qlora_trainer.failures import StageError, describe
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.metrics import Metrics
 from qlora_trainer.reporting import Reporter, Server
@@ -54,7 +55,11 @@ def main() -> int:
     prepare_process()
     interruption = Interruption()
     interruption.install()
-    pod = Pod(claims=os.environ.get("QLORA_CLAIMS", CLAIMS_MOUNT), interruption=interruption)
+    pod = Pod(
+        interruption=interruption,
+        claims=os.environ.get("QLORA_CLAIMS", CLAIMS_MOUNT),
+        credentials=os.environ.get("QLORA_CREDENTIALS", CREDENTIALS_MOUNT),
+    )
     report_path = Path(os.environ.get("QLORA_REPORT", REPORT_PATH))
     order_path = Path(os.environ.get("QLORA_ORDER", ORDER_PATH))
     order: Order | None = None
@@ -77,7 +82,8 @@ def main() -> int:
         return ExitCode.SUCCEEDED
     except BaseException as error:  # noqa: BLE001  the one place where every end becomes an exit code and a message
         code, message = describe(error)
-        log.error("%s", message, exc_info=error if code == 1 or log.isEnabledFor(logging.DEBUG) else None)
+        unforeseen = code == 1 and not isinstance(error, StageError)
+        log.error("%s", message, exc_info=error if unforeseen or log.isEnabledFor(logging.DEBUG) else None)
         report_path.write_text(failed(order, message).fitted() if order else _without_order(message), encoding="utf-8")
         return code
     finally:

@@ -24,11 +24,10 @@ from qlora_api.exchange import MergeOrder, MergeResult, Recipe
 from qlora_trainer.artifacts import directory_bytes, directory_digest, whole_directory
 from qlora_trainer.environment import Pod, log
 from qlora_trainer.failures import BadInput
+from qlora_trainer.inputs import with_inputs
 from qlora_trainer.quantization import dequantised
 from qlora_trainer.results import record, recorded
-from qlora_trainer.weights import INDEX_NAME, Weights, read_weights
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+from qlora_trainer.weights import INDEX_NAME, WEIGHT_SUFFIXES, Weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def merge(order: MergeOrder, pod: Pod) -> MergeResult:
             f"the adapter in {adapter_dir} is not the one that was trained: it was changed or removed; train anew"
         )
     adapter = read_adapter(adapter_dir, order.model_digest)
-    source = pod.path_of(order.model_uri, "model.uri")
+    source = with_inputs(order, pod).path_of(order.model_uri, "model.uri")
     weights = read_weights(source, order.model_uri)
     missing = sorted((set(adapter.factors) | adapter.quantized) - set(weights.tensors))
     if missing:
@@ -145,7 +144,7 @@ def read_adapter(directory: Path, model_digest: str) -> Adapter:
 def copy_beside(source: Path, target: Path, weights: Weights) -> None:
     """Everything of the model but its weights: configuration, tokenizer, index. Code that came along stays behind."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in (*_WEIGHT_SUFFIXES, ".py"):
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in (*WEIGHT_SUFFIXES, ".py"):
             shutil.copyfile(path, target / path.name)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -15,23 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.exchange import LinearModule, ModelShape
-from qlora_trainer.artifacts import file_digest
 from qlora_trainer.failures import BadInput
-from qlora_trainer.weights import Weights, read_weights
-
-#: Files that decide what text becomes which tokens; all that exist count in the digest and go along with a merge.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from qlora_trainer.weights import Weights, model_digest, read_weights
 
 
 @dataclass(frozen=True)
@@ -206,16 +190,3 @@ def shape_of(model: Any, weights: Weights, tokenizer: Any) -> ModelShape:
             for (name, inner, outer), count in sorted(kinds.items())
         ],
     )
-
-
-def model_digest(directory: Path, weights: Weights) -> str:
-    """`sha256:…` over config and tokenizer files and the weights' headers and sizes; the weights are not read."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        path = directory / name
-        if path.is_file():
-            digest.update(f"{name} {file_digest(path)}\n".encode())
-    for name in weights.files:
-        size = (directory / name).stat().st_size
-        digest.update(f"{name} {size} {hashlib.sha256(weights.headers[name]).hexdigest()}\n".encode())
-    return f"sha256:{digest.hexdigest()}"

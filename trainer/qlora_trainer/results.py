@@ -14,8 +14,8 @@ from qlora_trainer.artifacts import write_file
 
 Order = TrainOrder | MergeOrder | PublishOrder
 R = TypeVar("R", TrainResult, MergeResult, PublishResult)
-#: What does not change a stage's result: who asks, and for the how-manieth time.
-_CIRCUMSTANCES = {"namespace", "job", "job_uid", "attempt", "work_dir"}
+#: What does not change a stage's result: who asks, as whom, and for the how-manieth time.
+_CIRCUMSTANCES = {"namespace", "job", "job_uid", "attempt", "work_dir", "model_secret", "output_secret"}
 
 
 def binding(order: Order) -> str:

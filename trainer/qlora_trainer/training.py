@@ -25,6 +25,7 @@ from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, 
 from qlora_trainer.evaluation import METRIC, exact_match, mean_loss, micro_batches, summed_loss
 from qlora_trainer.failures import BadInput, Diverged, Interrupted
 from qlora_trainer.flops import Work, peak_flops
+from qlora_trainer.inputs import with_inputs
 from qlora_trainer.inspection import log_samples
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.model import BaseModel, open_base
@@ -58,6 +59,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     flat = recipe.attention.startswith("flash")
 
     # model and data: those that were inspected, or none
+    pod = with_inputs(order, pod)
     base = open_base(pod.path_of(order.model_uri, "model.uri"), order.model_uri)
     if base.digest != order.model_digest:
         raise BadInput(f"model.uri: {order.model_uri} has changed since inspection: put it back, or create a new job")

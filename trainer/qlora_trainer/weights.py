@@ -1,19 +1,37 @@
-"""Safetensors files seen from outside: their headers, without reading a weight."""
+"""A model's files seen from outside: the weights by their headers, without reading one, and a digest of it all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_trainer.artifacts import file_digest
 from qlora_trainer.failures import BadInput
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: Far above any real header; the format's own parser refuses more than 100 MB.
 HEADER_MAX_BYTES = 100 << 20
+#: Beside files that were downloaded from a store: which versions they are.
+RECORD_NAME = ".qlora-download.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+#: Files that decide what text becomes which tokens; all that exist count in the digest and go along with a merge.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 #: Names of element types in safetensors headers, and torch's for those a base model may be stored in.
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -74,7 +92,7 @@ def read_weights(directory: Path, uri: str) -> Weights:
         headers[name] = header
         tensors.update(entries)
         total += (directory / name).stat().st_size
-    for tensor, name in _index(directory, uri).items():
+    for tensor, name in read_index(directory, uri).items():
         if tensor not in tensors or tensors[tensor].file != name:
             raise BadInput(
                 f"model.uri: {uri}/{INDEX_NAME} says that {tensor} is in {name}, and it is not: copy it anew"
@@ -82,7 +100,7 @@ def read_weights(directory: Path, uri: str) -> Weights:
     return Weights(files, tensors, headers, total)
 
 
-def _index(directory: Path, uri: str) -> dict[str, str]:
+def read_index(directory: Path, uri: str) -> dict[str, str]:
     """Tensor to file, as the index says; empty where the model is a single file."""
     path = directory / INDEX_NAME
     if not path.exists():
@@ -95,7 +113,7 @@ def _index(directory: Path, uri: str) -> dict[str, str]:
 
 
 def _weight_files(directory: Path, uri: str) -> tuple[str, ...]:
-    if index := _index(directory, uri):
+    if index := read_index(directory, uri):
         named = tuple(sorted(set(index.values())))
         missing = [name for name in named if "/" in name or not (directory / name).is_file()]
         if missing:
@@ -119,8 +137,7 @@ def _read_header(path: Path, where: str) -> tuple[bytes, dict[str, TensorEntry]]
     """The raw JSON header of one file and its entries, checked against the file's size."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_MAX_BYTES + 1
+        length = header_bytes(file.read(8)) - 8
         if length > HEADER_MAX_BYTES or 8 + length > size:
             raise BadInput(f"model.uri: {where} is not a safetensors file, or cut short: copy it anew")
         header = file.read(length)
@@ -141,3 +158,35 @@ def _read_header(path: Path, where: str) -> tuple[bytes, dict[str, TensorEntry]]
     if 8 + length + end != size:
         raise BadInput(f"model.uri: {where} has {size} bytes and its header promises {8 + length + end}: copy it anew")
     return header, entries
+
+
+def header_bytes(start: bytes) -> int:
+    """Length of a safetensors file's header, by the 8 bytes at its `start` that say it and with them."""
+    return 8 + struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 8 + HEADER_MAX_BYTES + 1
+
+
+def model_digest(directory: Path, weights: Weights) -> str:
+    """`sha256:…` over config and tokenizer files and the weights' headers and sizes; the weights are not read.
+
+    What came from a store counts with its version there, too: other weights of the same shapes are another model.
+    """
+    versions = _versions(directory)
+    digest = hashlib.sha256()
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+        path = directory / name
+        if path.is_file():
+            digest.update(f"{name} {file_digest(path)}\n".encode())
+    for name in weights.files:
+        size = (directory / name).stat().st_size
+        version = f" {versions[name]}" if name in versions else ""
+        digest.update(f"{name} {size} {hashlib.sha256(weights.headers[name]).hexdigest()}{version}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _versions(directory: Path) -> dict[str, str]:
+    """File to ETag, of what was downloaded."""
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        return {}
+    files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    return {name: file["etag"] for name, file in files.items() if "etag" in file}

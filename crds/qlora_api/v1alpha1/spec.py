@@ -53,6 +53,13 @@ class SecretRef(SpecPart):
     name: ObjectName = Field(description="Name of the Secret.")
 
 
+STORE_SECRET = (
+    "Secret with what the store asks for. s3: accessKey and secretKey; where they differ from AWS and us-east-1, "
+    "endpoint (https://host) and region; where needed, sessionToken and caBundle (PEM). Absent: what the pod's "
+    "environment gives. A claim needs none."
+)
+
+
 class ModelSource(SpecPart):
     """The base model."""
 
@@ -61,9 +68,7 @@ class ModelSource(SpecPart):
         "(a claim in the job's namespace). The directory holds config.json, safetensors and the tokenizer."
     )
     revision: Word | None = Field(default=None, description="Branch, tag or commit (hf://), or tag (oci://).")
-    credentials_secret_ref: SecretRef | None = Field(
-        default=None, description="Secret with what the store asks for: a token, or an endpoint, region and keys."
-    )
+    credentials_secret_ref: SecretRef | None = Field(default=None, description=STORE_SECRET)
     trust_remote_code: Flag = Field(
         default=False, description="Run Python code that comes with the model. Leave it off unless you have read it."
     )
@@ -82,9 +87,7 @@ class DataSource(SpecPart):
         description="Shape of an example: messages (a chat), prompt-completion, instruction (instruction, input, "
         "output), sharegpt or text. Absent: detected from the first examples.",
     )
-    credentials_secret_ref: SecretRef | None = Field(
-        default=None, description="Secret with what the store asks for: a token, or an endpoint, region and keys."
-    )
+    credentials_secret_ref: SecretRef | None = Field(default=None, description=STORE_SECRET)
 
 
 class TrainSource(DataSource):
@@ -463,9 +466,7 @@ class Output(SpecPart):
         description="Where the artifacts go, each into a directory of its name: s3://bucket/path, oci://registry/name, "
         "hf://owner/name or pvc://claim/path (a claim in the job's namespace)."
     )
-    credentials_secret_ref: SecretRef | None = Field(
-        default=None, description="Secret with what the store asks for: a token, or an endpoint, region and keys."
-    )
+    credentials_secret_ref: SecretRef | None = Field(default=None, description=STORE_SECRET)
     formats: Annotated[tuple[OutputFormat, ...], Field(min_length=1, max_length=12), Distinct] = Field(
         default=("adapter",),
         json_schema_extra=AS_SET,

@@ -6,8 +6,18 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora_api.exchange import CLAIMS_MOUNT, ORDER_PATH, WORK_MOUNT, ExitCode, Stage, claim_of
-from qlora_api.v1alpha1 import Plan
+from qlora_api.exchange import (
+    CLAIMS_MOUNT,
+    CREDENTIALS_MOUNT,
+    ORDER_PATH,
+    SCRATCH_GIB,
+    WORK_MOUNT,
+    ExitCode,
+    Stage,
+    claim_of,
+    is_claim,
+)
+from qlora_api.v1alpha1 import Plan, spec
 from qlora_operator.lifecycle.answers import Outcome
 from qlora_operator.lifecycle.observed import CONTAINER, TEMPLATE, Job
 from qlora_operator.lifecycle.policies import template_of, work_claim
@@ -23,8 +33,9 @@ from qlora_operator.settings import Settings
 
 USER = 65532
 HOSTNAME = "kubernetes.io/hostname"
-SCRATCH_LIMIT = "4Gi"
+SCRATCH_LIMIT = f"{SCRATCH_GIB}Gi"
 SCRATCH_MOUNT = "/tmp"
+SECRET_MODE = 0o440  # for the pod's group, which fsGroup makes the owner
 
 #: A pod lost to a disruption is replaced by the Job controller; every other end is an attempt's end, and the
 #: operator's to answer. Exit codes that are never retried are named, so that the Job's own condition says so too.
@@ -184,13 +195,21 @@ def _mounts(job: Job, task: Task, order: str, endpoint: Endpoint | None) -> list
     ]
     if endpoint is not None:
         mounts.append((reporting.volume(order), reporting.MOUNT))
-    writes = claim_of(job.spec.output.uri)[0] if task.stage is Stage.PUBLISH else None
-    for claim in sorted(_claims(job, task)):
+    places, output = _places(job, task), job.spec.output.uri
+    writes = claim_of(output)[0] if task.stage is Stage.PUBLISH and is_claim(output) else None
+    for claim in sorted({claim_of(place.uri)[0] for place in places if is_claim(place.uri)}):
         read_only = claim != writes
         source = {"claimName": claim} | ({"readOnly": True} if read_only else {})
         mount = {"name": f"claim-{len(mounts)}", "mountPath": f"{CLAIMS_MOUNT}/{claim}"}
         volume = {"name": mount["name"], "persistentVolumeClaim": source}
         mounts.append((volume, mount | ({"readOnly": True} if read_only else {})))
+    references = [place.credentials_secret_ref for place in places if not is_claim(place.uri)]
+    for secret in sorted({reference.name for reference in references if reference}):
+        name = f"credentials-{len(mounts)}"
+        # optional: where it is missing the stage itself says so; a pod that waits for a volume says it in an event only
+        source = {"secretName": secret, "defaultMode": SECRET_MODE, "optional": True}
+        mount = {"name": name, "mountPath": f"{CREDENTIALS_MOUNT}/{secret}", "readOnly": True}
+        mounts.append(({"name": name, "secret": source}, mount))
     return mounts
 
 
@@ -201,15 +220,14 @@ def _work_volume(job: Job, task: Task) -> dict[str, Any]:
     return {"name": "work", "persistentVolumeClaim": {"claimName": work_claim(job)}}
 
 
-def _claims(job: Job, task: Task) -> set[str]:
-    spec = job.spec
-    model = [spec.model.uri]
-    held_out = [source.uri for source in (spec.dataset.eval, spec.evaluation.golden) if source]
-    data = [*(source.uri for source in spec.dataset.train), *held_out]
-    uris = {
-        Stage.INSPECT: [*model, *data],
-        Stage.TRAIN: [*model, *data],
-        Stage.MERGE: model,
-        Stage.PUBLISH: [spec.output.uri],
+def _places(job: Job, task: Task) -> Sequence[spec.ModelSource | spec.DataSource | spec.Output]:
+    """Where the stage reads and writes, besides the work volume."""
+    of = job.spec
+    data = [*of.dataset.train, *(source for source in (of.dataset.eval, of.evaluation.golden) if source)]
+    return {
+        # inspect tries the store that publish will write to; a claim it does not need
+        Stage.INSPECT: [of.model, *data, *([] if is_claim(of.output.uri) else [of.output])],
+        Stage.TRAIN: [of.model, *data],
+        Stage.MERGE: [of.model],
+        Stage.PUBLISH: [of.output],
     }[task.stage]
-    return {claim_of(uri)[0] for uri in uris}

@@ -18,8 +18,9 @@ from qlora_api.exchange import (
     PublishOrder,
     Stage,
     TrainOrder,
+    is_claim,
 )
-from qlora_api.v1alpha1 import Plan, duration_seconds
+from qlora_api.v1alpha1 import Plan, duration_seconds, spec
 from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.results import fingerprint
 from qlora_operator.lifecycle.tasks import Task
@@ -63,10 +64,12 @@ def _inspect(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
     return InspectOrder(
         **envelope,
         model_uri=job.spec.model.uri,
+        model_secret=_secret(job.spec.model.credentials_secret_ref),
         data=_data(job),
         max_length=dataset.max_length,
         packing=dataset.packing,
         loss=dataset.loss,
+        **_output_store(job),
     )
 
 
@@ -75,6 +78,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
     return TrainOrder(
         **envelope,
         model_uri=job.spec.model.uri,
+        model_secret=_secret(job.spec.model.credentials_secret_ref),
         model_digest=inspection.model_digest,
         data=_data(job),
         data_digest=inspection.data_digest,
@@ -92,6 +96,7 @@ def _merge(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
     return MergeOrder(
         **envelope,
         model_uri=job.spec.model.uri,
+        model_secret=_secret(job.spec.model.credentials_secret_ref),
         model_digest=_inspection(job).model_digest,
         recipe=_plan(job).recipe,
         adapter_digest=_artifact_digest(job, "adapter"),
@@ -108,6 +113,7 @@ def _publish(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
         artifact=artifact,
         artifact_digest=_artifact_digest(job, artifact),
         output_uri=f"{job.spec.output.uri.rstrip('/')}/{artifact}",
+        output_secret=_secret(job.spec.output.credentials_secret_ref),
         overwrite=job.spec.output.overwrite,
         provenance={
             "job": f"{job.metadata.namespace}/{job.metadata.name}",
@@ -134,12 +140,28 @@ def _data(job: Job) -> DataOrder:
     dataset = job.spec.dataset
     golden = job.spec.evaluation.golden
     return DataOrder(
-        train=[DataSource(uri=source.uri, format=source.format) for source in dataset.train],
-        eval=DataSource(uri=dataset.eval.uri, format=dataset.eval.format) if dataset.eval else None,
+        train=[_source(source) for source in dataset.train],
+        eval=_source(dataset.eval) if dataset.eval else None,
         eval_fraction=dataset.eval_fraction,
-        golden=DataSource(uri=golden.uri, format=golden.format) if golden else None,
+        golden=_source(golden) if golden else None,
         log_samples=dataset.log_samples,
     )
+
+
+def _source(source: spec.DataSource) -> DataSource:
+    return DataSource(uri=source.uri, format=source.format, secret=_secret(source.credentials_secret_ref))
+
+
+def _secret(reference: spec.SecretRef | None) -> str | None:
+    return reference.name if reference else None
+
+
+def _output_store(job: Job) -> dict[str, Any]:
+    """Inspect tries the store that the results go to; a claim is mounted when there is something to write."""
+    output = job.spec.output
+    if is_claim(output.uri):
+        return {}
+    return {"output_uri": output.uri, "output_secret": _secret(output.credentials_secret_ref)}
 
 
 def _inspection(job: Job) -> Inspection:

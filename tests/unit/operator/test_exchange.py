@@ -25,6 +25,7 @@ from qlora_api.exchange import (
     Report,
     Stage,
     TrainOrder,
+    bucket_of,
     claim_of,
     failed,
     mounted_path,
@@ -193,6 +194,25 @@ def test_no_address_leads_out_of_its_claim(path: str) -> None:
     assert ".." not in found.parts
 
 
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("s3://models/base", ("models", "base")),
+        ("s3://my.bucket/team/a..b/.hidden/", ("my.bucket", "team/a..b/.hidden")),
+    ],
+)
+def test_where_in_which_bucket(uri: str, parts: tuple[str, str]) -> None:
+    assert bucket_of(uri) == parts
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "models/base", "pvc://claim/x", "s3://", "s3://bucket", "s3://bucket/", "s3:///x", "s3://b/../x", "s3://b/a//c"]
+)  # fmt: skip
+def test_what_is_no_address_in_a_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="expected s3://<bucket>/<path>"):
+        bucket_of(uri)
+
+
 # --- what a checkpoint is bound to ---
 
 MAY_CHANGE: dict[str, Any] = {
@@ -205,6 +225,8 @@ MAY_CHANGE: dict[str, Any] = {
     "checkpoint_keep": 9,
     "model_uri": "pvc://moved/base",
     "work_dir": "/work/elsewhere",
+    "model_secret": "another",
+    "data": DATA.model_copy(update={"train": [DATA.train[0].model_copy(update={"secret": "another"})]}),
 }
 MAY_NOT: dict[str, Any] = {
     "model_digest": "sha256:other",
@@ -217,6 +239,11 @@ MAY_NOT: dict[str, Any] = {
 @pytest.mark.parametrize("field", MAY_CHANGE)
 def test_a_checkpoint_survives_a_change_of(field: str) -> None:
     assert TRAIN_ORDER.model_copy(update={field: MAY_CHANGE[field]}).binding() == TRAIN_ORDER.binding()
+
+
+def test_jobs_without_secrets_keep_the_checkpoints_of_before_there_were_any() -> None:
+    """The digest of this very order, as releases before credentialsSecretRef wrote it."""
+    assert TRAIN_ORDER.binding() == "sha256:14adc6739e72293e6d1ef64c1d5f51a9c9ab282eb90fe974967e19430e1f481d"
 
 
 @pytest.mark.parametrize("field", MAY_NOT)

@@ -54,8 +54,8 @@ DECIDED = Settings(
     grace_seconds=300,
 )
 ENDPOINT = Endpoint("https://qlora-operator-reports.qlora-system.svc:8443", "the authority, as PEM")
-ENDPOINTS = {"minimal": None, "full": ENDPOINT, "cpu": None}
-SETTINGS = {"minimal": PLAIN, "full": DECIDED, "cpu": PLAIN}
+ENDPOINTS = {"minimal": None, "full": ENDPOINT, "cpu": None, "stores": ENDPOINT}
+SETTINGS = {"minimal": PLAIN, "full": DECIDED, "cpu": PLAIN, "stores": PLAIN}
 
 
 def recorded(name: str) -> Job:
@@ -139,7 +139,7 @@ def test_every_pod_is_restricted_and_has_no_rights(name: str, task: Task) -> Non
     }
     assert not any("hostPort" in port for port in container.get("ports", ()))
     kinds = {kind for volume in spec["volumes"] for kind in volume if kind != "name"}
-    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "projected"}
+    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
     sources = [source for volume in spec["volumes"] for source in volume.get("projected", {}).get("sources", ())]
     audiences = {source["serviceAccountToken"]["audience"] for source in sources if "serviceAccountToken" in source}
     assert audiences <= {"qlora-progress"}, "a token of another audience would be one for the API server"
@@ -151,10 +151,11 @@ def test_only_publish_can_write_to_a_users_claim_and_only_to_the_output(name: st
         "minimal": "support-bot-work",
         "full": "a-job-whose-name-is-as-long-as-may-be-40-work",
         "cpu": "scratch",
+        "stores": "support-bot-work",
     }[name]
-    output = {"minimal": "results", "full": "results", "cpu": "shared"}[name]
+    output = {"minimal": "results", "full": "results", "cpu": "shared"}.get(name)
     expected = {} if task.stage is Stage.INSPECT else {work: "/work"}
-    if task.stage is Stage.PUBLISH:
+    if task.stage is Stage.PUBLISH and output:
         expected[output] = f"/claims/{output}"
     assert writable_claims(pod(name, task)) == expected
 
@@ -172,6 +173,31 @@ def test_what_the_order_names_is_mounted(name: str, task: Task) -> None:
     assert {"/work", "/tmp", "/etc/qlora"} <= mounts
     volumes = [volume["name"] for volume in pod(name, task)["volumes"]]
     assert sorted(volumes) == sorted({mount["name"] for mount in container["volumeMounts"]})
+
+
+SECRETS = {
+    Stage.INSPECT: {"read-only", "held-out", "write.results"},  # it tries the store that publish will write to
+    Stage.TRAIN: {"read-only", "held-out"},
+    Stage.MERGE: {"read-only"},
+    Stage.PUBLISH: {"write.results"},
+}
+
+
+@pytest.mark.parametrize(("name", "task"), STAGES)
+def test_a_stage_is_given_the_secrets_that_it_needs_and_no_others(name: str, task: Task) -> None:
+    spec = pod(name, task)
+    [container] = spec["containers"]
+    volumes = {volume["name"]: volume["secret"] for volume in spec["volumes"] if "secret" in volume}
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"] if mount["name"] in volumes}
+    assert {secret["secretName"] for secret in volumes.values()} == (SECRETS[task.stage] if name == "stores" else set())
+    for volume, secret in volumes.items():
+        assert mounts[volume]["mountPath"] == f"/credentials/{secret['secretName']}"
+        assert mounts[volume]["readOnly"] is True
+        assert secret["defaultMode"] == 0o440
+        assert secret["optional"] is True, "the stage says what is missing; a pod that hangs says it in an event only"
+    named = re.findall(r'[sS]ecret":"([^"]+)"', order(JOBS[name], task, 1, SETTINGS[name]).to_json())
+    assert set(named) == {secret["secretName"] for secret in volumes.values()}
+    assert "env" not in container or not any("valueFrom" in entry for entry in container["env"])
 
 
 @pytest.mark.parametrize(("name", "task"), STAGES)

@@ -311,6 +311,8 @@ def test_the_work_volume_holds_what_will_lie_on_it() -> None:
     assert merged.disk_bytes - adapter.disk_bytes == 2 * SEVEN.shape.parameters
     more = planned({"checkpoint.keep": 10}, SEVEN)
     assert more.disk_bytes > adapter.disk_bytes > GIB
+    from_store = SEVEN.model_copy(update={"download_bytes": 15 * GIB})
+    assert planned({}, from_store).disk_bytes - adapter.disk_bytes == 15 * GIB
 
 
 # --- properties ---

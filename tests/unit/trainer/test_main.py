@@ -41,6 +41,7 @@ def start(place: Place, order: Order | str, more: Mapping[str, str] | None = Non
         "PYTHONUNBUFFERED": "1",
         "QLORA_ORDER": str(place.root / "order.json"),
         "QLORA_CLAIMS": str(place.claims),
+        "QLORA_CREDENTIALS": str(place.root / "credentials"),
         "QLORA_REPORT": str(place.root / "report.json"),
         "QLORA_METRICS_HOST": "127.0.0.1",
         "QLORA_METRICS_PORT": str(free_port()),
