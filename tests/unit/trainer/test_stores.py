@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from qlora_trainer.training import train
 from tests.cluster.s3 import S3, serving
 
 from .conftest import Place
-from .test_main import finish
+from .test_main import finish, start
 
 SECRET = "store"
 MODEL = "s3://models/team/base"
@@ -578,6 +579,30 @@ def test_an_upload_that_is_cut_off_is_aborted_and_the_next_attempt_completes_it(
     publish(publish_order(shop, attempt=2), shop.pod)
     assert digests_of(artifact).items() <= digests_of(shop.published()).items()
     assert before.items() <= moments(shop.published()).items(), "what was whole is not uploaded again"
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGTERM, ExitCode.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_process_that_is_ended_in_an_upload_leaves_nothing_that_passes_for_published(
+    shop: Shop, artifact: Path, number: signal.Signals, ends: int
+) -> None:
+    with (artifact / "model.safetensors").open("wb") as file:
+        file.truncate(256 * MIB)
+    process = start(shop.place, publish_order(shop))
+    assert process.stdout
+    deadline = time.monotonic() + 60
+    while not shop.uploads_left() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.stdout.read()
+    assert process.wait(timeout=60) == ends, said
+    assert not (shop.published() / MANIFEST_NAME).exists()
+    if number is signal.SIGTERM:
+        assert shop.uploads_left() == []
+    code, _, log = finish(shop.place, publish_order(shop, attempt=2))
+    assert code == ExitCode.SUCCEEDED, log
+    assert digests_of(artifact).items() <= digests_of(shop.published()).items()
 
 
 def test_a_server_that_stops_in_an_upload_and_comes_back(
