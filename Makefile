@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONPATH := $(CURDIR):$(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check unit cluster e2e soak up down generate lock format venv
+.PHONY: help demo test check unit cluster e2e soak bench up down generate lock format venv
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,9 @@ e2e: $(VENV)/.ready ## Tests of the installed product on the real cluster
 
 soak: $(VENV)/.ready ## What takes too long for `make test`
 	$(PYTHON) -m pytest -m soak
+
+bench: $(VENV)/.ready ## Measure the operator on the embedded cluster and write docs/benchmarks
+	$(PYTHON) -m tests.bench all
 
 up: $(VENV)/.ready ## Bring the embedded cluster up
 	$(PYTHON) -m tests.cluster up

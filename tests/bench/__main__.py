@@ -1,0 +1,93 @@
+"""`python -m tests.bench`: measure the operator on the embedded cluster and write docs/benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from tests.bench import figures, measures
+from tests.bench.figures import Measured
+from tests.cluster.client import Cluster
+from tests.cluster.lifecycle import ensure_up
+from tests.cluster.settings import REPOSITORY
+
+PLACE = REPOSITORY / "docs" / "benchmarks"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("measures", nargs="*", choices=[*MEASURES, "all"], default="all", metavar="MEASURE")
+    parser.add_argument("--jobs", type=int, default=500, help="of the burst and the start")
+    parser.add_argument("--resting", type=int, default=1000, help="jobs at rest")
+    parser.add_argument("--runs", type=int, default=3, help="of the burst and the start")
+    parser.add_argument("--dry", action="store_true", help="print only, write nothing to docs/benchmarks")
+    arguments = parser.parse_args()
+    wanted = list(MEASURES) if "all" in arguments.measures else arguments.measures
+    cluster = ensure_up()
+    kept = PLACE / "operator.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not arguments.dry else {}
+    for measure in wanted:
+        setting = surroundings(cluster)
+        measured = MEASURES[measure](cluster, arguments)
+        results[measure] = figures.result(measured, {"command": command(measure, arguments), **setting})
+        print(figures.table({measure: results[measure]}), flush=True)
+        for name, count in measured.requests_per_job.items():
+            print(f"  {figures.told(count):>6} × {name}")
+        if not arguments.dry:
+            PLACE.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(results, indent=2) + "\n")
+            (PLACE / "operator.md").write_text(figures.page(results))
+    return 0
+
+
+def command(measure: str, arguments: argparse.Namespace) -> str:
+    """What takes the measure as it was taken."""
+    sizes = {
+        "burst": ("--jobs", "--runs"),
+        "start": ("--jobs", "--runs"),
+        "rest": ("--resting",),
+        "writes": (),
+    }[measure]
+    return " ".join(["python -m tests.bench", measure, *(f"{o} {getattr(arguments, o[2:])}" for o in sizes)])
+
+
+def surroundings(cluster: Cluster) -> Mapping[str, str]:
+    """When and on what the figures are taken."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    kubernetes = json.loads(cluster.kubectl("version", "--output=json"))["serverVersion"]["gitVersion"]
+    machine = (
+        f"{os.cpu_count()} cores, {memory:.0f} GiB, {system}, Kubernetes {kubernetes}, Python {sys.version.split()[0]}"
+    )
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "machine": machine,
+        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()[:2]),
+    }
+
+
+def _alone(measure: Callable[..., Measured], *sizes: str) -> Callable[[Cluster, argparse.Namespace], Measured]:
+    """`measure` with those arguments of the command line, while no other operator works."""
+
+    def run(cluster: Cluster, arguments: argparse.Namespace) -> Measured:
+        with measures.alone(cluster):
+            return measure(cluster, *(getattr(arguments, size) for size in sizes))
+
+    return run
+
+
+MEASURES: dict[str, Callable[[Cluster, argparse.Namespace], Measured]] = {
+    "burst": _alone(measures.measure_burst, "jobs", "runs"),
+    "start": _alone(measures.measure_start, "jobs", "runs"),
+    "rest": _alone(measures.measure_rest, "resting"),
+    "writes": lambda cluster, _: measures.measure_writes(cluster),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
