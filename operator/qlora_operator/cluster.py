@@ -17,6 +17,7 @@ from qlora_operator.manifests.names import JOB_LABEL
 
 FIELD_MANAGER = "qlora-operator"
 APPLY = "application/apply-patch+yaml"
+MERGE = "application/merge-patch+json"
 TIMEOUT_SECONDS = 30
 
 Raw = dict[str, Any]
@@ -46,15 +47,35 @@ async def connect() -> Cluster:
     return Cluster(client.ApiClient())
 
 
+#: Where the objects of a kind are: their API's path, and their name in it.
+RESOURCES: dict[str, tuple[str, str]] = {
+    KIND: (f"/apis/{GROUP}/{VERSION}", PLURAL),
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "Event": ("/api/v1", "events"),
+    "Job": ("/apis/batch/v1", "jobs"),
+    "Node": ("/api/v1", "nodes"),
+    "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
+    "Pod": ("/api/v1", "pods"),
+    "Secret": ("/api/v1", "secrets"),
+    "TokenReview": ("/apis/authentication.k8s.io/v1", "tokenreviews"),
+}
+
+
+def path(kind: str, namespace: str | None = None, name: str | None = None) -> str:
+    """The path of an object, or without `name` of all of a namespace, or of all there are."""
+    api, plural = RESOURCES[kind]
+    return "/".join((api, *(("namespaces", namespace) if namespace else ()), plural, *((name,) if name else ())))
+
+
 class Cluster:
-    """The calls that the operator makes, and no other."""
+    """The calls that the operator makes, and no other.
+
+    Of the client only what connects and signs in is used: its classes for each API hold 95 MiB of models, and would
+    build and check one of everything that is sent.
+    """
 
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
-        self._core = client.CoreV1Api(api)
-        self._batch = client.BatchV1Api(api)
-        self._authentication = client.AuthenticationV1Api(api)
-        self._custom = client.CustomObjectsApi(api)
 
     async def close(self) -> None:
         await self._api.close()
@@ -62,16 +83,11 @@ class Cluster:
     # --- QLoRAJobs ---
 
     async def job(self, namespace: str, name: str) -> Raw | None:
-        call = self._custom.get_namespaced_custom_object_without_preload_content
-        return await _found(f"get {KIND} {name}", call(GROUP, VERSION, namespace, PLURAL, name))
+        return await self._get(KIND, namespace, name)
 
     async def jobs(self, namespace: str | None) -> list[Raw]:
         """All of a namespace, or of all namespaces."""
-        if namespace is None:
-            call = self._custom.list_cluster_custom_object_without_preload_content(GROUP, VERSION, PLURAL)
-        else:
-            call = self._custom.list_namespaced_custom_object_without_preload_content(GROUP, VERSION, namespace, PLURAL)
-        return (await _answered(f"list {KIND}s", call))["items"]
+        return (await self._call(f"list {KIND}s", "GET", path(KIND, namespace)))["items"]
 
     async def apply_status(self, metadata: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
         """Server-side apply of the whole status, as its only writer, to the version of the job that `metadata` is of.
@@ -81,26 +97,22 @@ class Cluster:
         namespace, name = metadata["namespace"], metadata["name"]
         version = {"name": name, "resourceVersion": metadata["resourceVersion"]}
         body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": version, "status": status}
-        call = self._custom.patch_namespaced_custom_object_status_without_preload_content(
-            GROUP, VERSION, namespace, PLURAL, name, body, field_manager=FIELD_MANAGER, force=True, _content_type=APPLY
-        )
-        return await _found(f"apply status of {name}", call) is not None
+        where = f"{path(KIND, namespace, name)}/status"
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return await self._find(f"apply status of {name}", "PATCH", where, body, query, APPLY) is not None
 
     # --- children ---
 
     async def stage_job(self, namespace: str, name: str) -> Raw | None:
-        call = self._batch.read_namespaced_job_without_preload_content
-        return await _found(f"get Job {name}", call(name, namespace))
+        return await self._get("Job", namespace, name)
 
     async def pods(self, namespace: str, stage_job: str) -> list[Raw]:
         """The pods of Jobs of that name: of one that is there, and of one that was deleted before."""
-        call = self._core.list_namespaced_pod_without_preload_content
-        selector = f"batch.kubernetes.io/job-name={stage_job},{JOB_LABEL}"
-        return (await _answered(f"list pods of {stage_job}", call(namespace, label_selector=selector)))["items"]
+        query = {"labelSelector": f"batch.kubernetes.io/job-name={stage_job},{JOB_LABEL}"}
+        return (await self._call(f"list pods of {stage_job}", "GET", path("Pod", namespace), query=query))["items"]
 
     async def claim(self, namespace: str, name: str) -> Raw | None:
-        call = self._core.read_namespaced_persistent_volume_claim_without_preload_content
-        return await _found(f"get PersistentVolumeClaim {name}", call(name, namespace))
+        return await self._get("PersistentVolumeClaim", namespace, name)
 
     async def create(self, manifest: Raw) -> None:
         """Create a child. One of that name that is ours counts as created, with two exceptions.
@@ -110,63 +122,41 @@ class Cluster:
         """
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
-        what = f"create {kind} {name}"
         try:
-            await _answered(what, self._creates(kind)(namespace, manifest, field_manager=FIELD_MANAGER))
+            await self._post(kind, namespace, manifest)
         except ApiError as refused:
             if refused.code != 409:
                 raise
-            there = await _found(f"get {kind} {name}", self._reads(kind)(name, namespace))
+            there = await self._get(kind, namespace, name)
             if there is None:
                 raise
             owner = metadata["ownerReferences"][0]["uid"]
             require_ours(there, owner)
             if there["metadata"].get("deletionTimestamp"):
-                raise ApiError(what, 409, f"{kind} {name} of before is still being deleted") from refused
+                text = f"{kind} {name} of before is still being deleted"
+                raise ApiError(f"create {kind} {name}", 409, text) from refused
             if kind == "ConfigMap" and there.get("data") != manifest["data"]:
                 await self.delete(kind, namespace, name, owner)
-                await _answered(what, self._creates(kind)(namespace, manifest, field_manager=FIELD_MANAGER))
+                await self._post(kind, namespace, manifest)
 
     async def delete(self, kind: str, namespace: str, name: str, owner: str) -> None:
         """Delete the child of the job with the uid `owner`, its dependents first: a Job stays until its pods are gone.
 
         One that is not there counts as deleted; one that is somebody else's raises `ApiError`.
         """
-        there = await _found(f"get {kind} {name}", self._reads(kind)(name, namespace))
+        there = await self._get(kind, namespace, name)
         if there is None:
             return
         require_ours(there, owner)
         body: Raw = {"preconditions": {"uid": there["metadata"]["uid"]}}
         if kind == "Job":
             body["propagationPolicy"] = "Foreground"
-        await _found(f"delete {kind} {name}", self._deletes(kind)(name, namespace, body=body))
-
-    def _creates(self, kind: str) -> Any:
-        return {
-            "ConfigMap": self._core.create_namespaced_config_map_without_preload_content,
-            "PersistentVolumeClaim": self._core.create_namespaced_persistent_volume_claim_without_preload_content,
-            "Job": self._batch.create_namespaced_job_without_preload_content,
-        }[kind]
-
-    def _reads(self, kind: str) -> Any:
-        return {
-            "ConfigMap": self._core.read_namespaced_config_map_without_preload_content,
-            "PersistentVolumeClaim": self._core.read_namespaced_persistent_volume_claim_without_preload_content,
-            "Job": self._batch.read_namespaced_job_without_preload_content,
-        }[kind]
-
-    def _deletes(self, kind: str) -> Any:
-        return {
-            "ConfigMap": self._core.delete_namespaced_config_map_without_preload_content,
-            "PersistentVolumeClaim": self._core.delete_namespaced_persistent_volume_claim_without_preload_content,
-            "Job": self._batch.delete_namespaced_job_without_preload_content,
-        }[kind]
+        await self._find(f"delete {kind} {name}", "DELETE", path(kind, namespace, name), body)
 
     # --- trainers that report ---
 
     async def pod(self, namespace: str, name: str) -> Raw | None:
-        call = self._core.read_namespaced_pod_without_preload_content
-        return await _found(f"get Pod {name}", call(name, namespace))
+        return await self._get("Pod", namespace, name)
 
     async def review_token(self, token: str, audience: str) -> Raw:
         """The status of a TokenReview: whether the API server has issued `token` for `audience`, and to whom."""
@@ -175,8 +165,7 @@ class Cluster:
             "kind": "TokenReview",
             "spec": {"token": token, "audiences": [audience]},
         }
-        create: Any = self._authentication.create_token_review_without_preload_content
-        return (await _answered("review a token", create(body)))["status"]
+        return (await self._call("review a token", "POST", path("TokenReview"), body))["status"]
 
     # --- the operator's own ---
 
@@ -184,35 +173,78 @@ class Cluster:
         return PatientLease(name, replica, self._api, answered)
 
     async def secret(self, namespace: str, name: str) -> Raw | None:
-        call = self._core.read_namespaced_secret_without_preload_content
-        return await _found(f"get Secret {name}", call(name, namespace))
+        return await self._get("Secret", namespace, name)
 
     async def put_secret(self, secret: Raw) -> None:
         """Create `secret`, or, where it has a resourceVersion, replace that version of it."""
         metadata = secret["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         if "resourceVersion" in metadata:
-            replace: Any = self._core.replace_namespaced_secret_without_preload_content
-            await _answered(f"replace Secret {name}", replace(name, namespace, secret, field_manager=FIELD_MANAGER))
+            where, query = path("Secret", namespace, name), {"fieldManager": FIELD_MANAGER}
+            await self._call(f"replace Secret {name}", "PUT", where, secret, query)
         else:
-            create: Any = self._core.create_namespaced_secret_without_preload_content
-            await _answered(f"create Secret {name}", create(namespace, secret, field_manager=FIELD_MANAGER))
+            await self._post("Secret", namespace, secret)
 
     async def label_pod(self, namespace: str, name: str, labels: Mapping[str, str | None]) -> None:
         """Set labels of a pod; None takes one away."""
-        patch: Any = self._core.patch_namespaced_pod_without_preload_content
-        body = {"metadata": {"labels": dict(labels)}}
-        call = patch(name, namespace, body, field_manager=FIELD_MANAGER, _content_type="application/merge-patch+json")
-        await _answered(f"label Pod {name}", call)
+        body, query = {"metadata": {"labels": dict(labels)}}, {"fieldManager": FIELD_MANAGER}
+        await self._call(f"label Pod {name}", "PATCH", path("Pod", namespace, name), body, query, MERGE)
 
     # --- the cluster at large ---
 
     async def nodes(self) -> list[Raw]:
-        return (await _answered("list nodes", self._core.list_node_without_preload_content()))["items"]
+        return (await self._call("list nodes", "GET", path("Node")))["items"]
 
     async def create_event(self, namespace: str, event: Raw) -> None:
-        create: Any = self._core.create_namespaced_event_without_preload_content  # its stub asks for a typed event
-        await _answered("create event", create(namespace, event))
+        await self._post("Event", namespace, event)
+
+    # --- any call ---
+
+    async def _get(self, kind: str, namespace: str, name: str) -> Raw | None:
+        return await self._find(f"get {kind} {name}", "GET", path(kind, namespace, name))
+
+    async def _post(self, kind: str, namespace: str, manifest: Raw) -> None:
+        what = f"create {kind} {manifest['metadata'].get('name', '')}".rstrip()
+        await self._call(what, "POST", path(kind, namespace), manifest, {"fieldManager": FIELD_MANAGER})
+
+    async def _find(self, what: str, *request: Any) -> Raw | None:
+        """As `_call`, and None for 404."""
+        try:
+            return await self._call(what, *request)
+        except ApiError as refused:
+            if refused.code == 404:
+                return None
+            raise
+
+    async def _call(
+        self,
+        what: str,
+        method: str,
+        where: str,
+        body: Raw | None = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Raw:
+        """The JSON body of the answer. Raises `ApiError` for a status of 300 and above, and where there is none."""
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                request = await self._api.param_serialize(
+                    method,
+                    where,
+                    query_params=dict(query or {}),
+                    header_params={"Accept": "application/json", "Content-Type": content_type},
+                    body=body,
+                    auth_settings=["BearerToken"],
+                )
+                response = await self._api.call_api(*request)
+                answer = await response.read()
+        except TimeoutError as error:
+            raise ApiError(what, 0, f"no answer within {TIMEOUT_SECONDS} s") from error
+        except aiohttp.ClientError as error:
+            raise ApiError(what, 0, str(error)) from error
+        if response.status >= 300:
+            raise ApiError(what, response.status, answer.decode(errors="replace"))
+        return json.loads(answer)
 
 
 def require_ours(child: Mapping[str, Any], owner: str) -> None:
@@ -222,28 +254,3 @@ def require_ours(child: Mapping[str, Any], owner: str) -> None:
         whose = "an earlier job of this name" if metadata.get("ownerReferences") else "somebody else"
         text = f"{metadata['name']} is there and belongs to {whose}; delete it, or wait until it is gone"
         raise ApiError(f"use {child.get('kind', 'object')} {metadata['name']}", 409, text)
-
-
-async def _answered(what: str, call: Any) -> Any:
-    """The JSON body of a call's answer. Raises `ApiError` for a status of 300 and above."""
-    try:
-        async with asyncio.timeout(TIMEOUT_SECONDS):
-            response = await call
-            body = await response.read()
-    except TimeoutError as error:
-        raise ApiError(what, 0, f"no answer within {TIMEOUT_SECONDS} s") from error
-    except aiohttp.ClientError as error:
-        raise ApiError(what, 0, str(error)) from error
-    if response.status >= 300:
-        raise ApiError(what, response.status, body.decode(errors="replace"))
-    return json.loads(body)
-
-
-async def _found(what: str, call: Any) -> Any | None:
-    """As `_answered`, and None for 404."""
-    try:
-        return await _answered(what, call)
-    except ApiError as refused:
-        if refused.code == 404:
-            return None
-        raise
