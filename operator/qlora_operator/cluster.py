@@ -44,7 +44,11 @@ async def connect() -> Cluster:
             await config.load_kube_config()
         except ConfigException as error:
             raise SystemExit(f"no cluster: not in a pod, and {error}") from error
-    return Cluster(client.ApiClient())
+    configuration = client.Configuration.get_default()
+    # the API server is reached directly, or by the proxy that the kubeconfig names: looking into the environment for
+    # another costs two turns of a thread for each request
+    configuration.client_session_kwargs = {"trust_env": False}
+    return Cluster(client.ApiClient(configuration))
 
 
 #: Where the objects of a kind are: their API's path, and their name in it.
