@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, cast
 
 import kopf
@@ -18,19 +19,23 @@ from qlora_operator.workqueue import WorkQueue
 
 Raw = Mapping[str, Any]
 
+#: A pod that starts goes through several states at once: one look at the last of them will do.
+POD_SETTLES = timedelta(seconds=1)
+
 
 def registry(queue: WorkQueue) -> kopf.OperatorRegistry:
     """The handlers that fill `queue`."""
     handlers = kopf.OperatorRegistry()
     heard: dict[tuple[str, str], Any] = {}
 
-    def news(kind: str, event: Raw, mark: Any) -> bool:
-        """Whether an event says something new: not the echo of our own writes, nor a heartbeat."""
+    def news(kind: str, event: Raw, mark: Any, usual: Any = None) -> bool:
+        """Whether an event says something new: not the echo of our own writes, nor a heartbeat. An object that was
+        not heard of before is no news where its mark is as `usual`."""
         key = (kind, event["object"]["metadata"]["uid"])
         if event["type"] == "DELETED":
             heard.pop(key, None)
             return True
-        fresh = heard.get(key) != mark
+        fresh = heard.get(key, usual) != mark
         heard[key] = mark
         return fresh
 
@@ -50,13 +55,13 @@ def registry(queue: WorkQueue) -> kopf.OperatorRegistry:
     @kopf.on.event("batch", "v1", "jobs", labels={JOB_LABEL: kopf.PRESENT}, registry=handlers)
     async def stage_job_changed(event: Raw, meta: Raw, labels: Raw, status: Raw, **_: Any) -> None:
         verdicts = [c["type"] for c in status.get("conditions", ()) if c["status"] == "True"]
-        if news("stage job", event, verdicts):
+        if news("stage job", event, verdicts, usual=[]):
             queue.add((meta["namespace"], labels[JOB_LABEL]))
 
     @kopf.on.event("pods", labels={JOB_LABEL: kopf.PRESENT}, registry=handlers)
     async def pod_changed(event: Raw, meta: Raw, labels: Raw, spec: Raw, status: Raw, **_: Any) -> None:
         if news("pod", event, (spec.get("nodeName"), *_waits(status))):
-            queue.add((meta["namespace"], labels[JOB_LABEL]))
+            queue.add_after((meta["namespace"], labels[JOB_LABEL]), POD_SETTLES)
 
     return handlers
 

@@ -13,10 +13,10 @@ from qlora_api.v1alpha1 import JobStatus, Metadata, QLoRAJob, problems
 from qlora_operator import events
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.conditions import unreadable
-from qlora_operator.lifecycle.observed import Job, Observed, Seen, see
+from qlora_operator.lifecycle.observed import Absent, Job, Observed, Seen, see
 from qlora_operator.lifecycle.policies import FINISHED, call_refused, needs_nodes, next_step, output_claim, work_claim
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Stop
-from qlora_operator.lifecycle.tasks import current
+from qlora_operator.lifecycle.tasks import INSPECT, Task, current
 from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.jobs import stage_job
 from qlora_operator.manifests.orders import config_map
@@ -82,6 +82,8 @@ class Reconciler:
             if job.status.phase not in FINISHED:
                 await self._write(raw, job.status, call_refused(job, "ApiError", str(error), now), now)
             raise
+        if any(isinstance(action, Start) for action in step.actions):
+            return step.after  # where hundreds come at once, all are started before any is told of
         if progress_alone(job.status, step.status) and (left := self._until_next_write(job, now)):
             return left if step.after is None else min(left, step.after)
         await self._write(raw, job.status, step.status, now)
@@ -98,7 +100,7 @@ class Reconciler:
         attempts: dict[str, Seen] = {}
         for task, n in current(job.spec, job.status):
             name = task.job_name(job.metadata.name, n)
-            attempts[name] = await self._attempt(namespace, name, job.metadata.uid)
+            attempts[name] = await self._attempt(namespace, task, name, job.metadata.uid)
         claims = {}
         if job.status.plan is not None and job.status.phase not in FINISHED:
             claim = await self._cluster.claim(namespace, work_claim(job))
@@ -111,10 +113,12 @@ class Reconciler:
         reported = self._reports.newest(job.metadata.uid) if self._reports else None
         return Observed(attempts, claims, nodes, self._settings.tolerations, reported)
 
-    async def _attempt(self, namespace: str, name: str, owner: str) -> Seen:
+    async def _attempt(self, namespace: str, task: Task, name: str, owner: str) -> Seen:
         found = await self._cluster.stage_job(namespace, name)
         if found is not None:
             require_ours(found, owner)
+        elif task == INSPECT:
+            return Absent()  # it has no volume that a pod of before could still write to
         return see(found, await self._cluster.pods(namespace, name))
 
     async def _act(self, job: Job, action: Action) -> None:

@@ -375,7 +375,7 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
 
 
 def _start(job: Job, seen: Observed, now: datetime) -> Step:
-    """Start the absent tasks whose back-off is over; look again when the next one's is."""
+    """Start the absent tasks whose back-off is over, and look how they fare; look again when the next one's is."""
     actions: list[Action] = []
     waits: list[timedelta] = []
     retried: list[str] = []
@@ -391,7 +391,7 @@ def _start(job: Job, seen: Observed, now: datetime) -> Step:
             retried.append(f"{last[0].job} ended {last[0].outcome}{why}; {task.name} starts again at {at}")
         else:
             actions.append(Start(task, n))
-    if any(_in_state(job, seen, Stopping)):
+    if actions or any(_in_state(job, seen, Stopping)):
         waits.append(SOON)
     situation = _underway(job, seen)
     if retried and not actions and not any(_in_state(job, seen, Active)):

@@ -93,6 +93,24 @@ def test_a_key_is_queued_once_however_often_it_is_added() -> None:
     run(story)
 
 
+def test_what_has_just_changed_goes_before_what_is_due_by_the_clock() -> None:
+    async def story() -> None:
+        async with working(workers=1) as (queue, desk):
+            queue.add(("team-a", "at work"))
+            await desk.next()
+            queue.add_after(A, timedelta())
+            await asyncio.sleep(0.01)
+            queue.add(B)
+            desk.let_go(("team-a", "at work"))
+            assert await desk.next() == B
+            desk.let_go(B)
+            assert await desk.next() == A
+            desk.let_go(A)
+            assert await desk.is_quiet()
+
+    run(story)
+
+
 def test_news_while_at_work_is_worked_on_afterwards_and_once() -> None:
     """Else the pass that is under way, which read before the news, would be the last."""
 
