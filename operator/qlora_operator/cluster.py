@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -19,6 +19,8 @@ FIELD_MANAGER = "qlora-operator"
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 TIMEOUT_SECONDS = 30
+#: Objects of a list that are held at a time.
+PAGE = 100
 
 Raw = dict[str, Any]
 
@@ -89,10 +91,6 @@ class Cluster:
     async def job(self, namespace: str, name: str) -> Raw | None:
         return await self._get(KIND, namespace, name)
 
-    async def jobs(self, namespace: str | None) -> list[Raw]:
-        """All of a namespace, or of all namespaces."""
-        return (await self._call(f"list {KIND}s", "GET", path(KIND, namespace)))["items"]
-
     async def apply_status(self, metadata: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
         """Server-side apply of the whole status, as its only writer, to the version of the job that `metadata` is of.
 
@@ -104,6 +102,22 @@ class Cluster:
         where = f"{path(KIND, namespace, name)}/status"
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         return await self._find(f"apply status of {name}", "PATCH", where, body, query, APPLY) is not None
+
+    # --- everything ---
+
+    async def everything(self, kind: str, namespaces: Sequence[str]) -> AsyncIterator[Raw]:
+        """All QLoRAJobs, or all their Jobs or pods, in `namespaces`, or without any in all; read page by page, so that
+        memory does not grow with their number."""
+        ours = {} if kind == KIND else {"labelSelector": JOB_LABEL}
+        for namespace in namespaces or [None]:
+            more: dict[str, str] | None = {}
+            while more is not None:
+                query = ours | more | {"limit": str(PAGE)}
+                page = await self._call(f"list {kind}s", "GET", path(kind, namespace), query=query)
+                for item in page["items"]:
+                    yield item
+                token = page["metadata"].get("continue")
+                more = {"continue": token} if token else None
 
     # --- children ---
 

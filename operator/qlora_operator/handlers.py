@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import kopf
 
-from qlora_api.v1alpha1 import GROUP, PLURAL, VERSION
+from qlora_api.v1alpha1 import GROUP, KIND, PLURAL, VERSION
 from qlora_operator.manifests.names import JOB_LABEL
-from qlora_operator.workqueue import WorkQueue
+from qlora_operator.news import News
+from qlora_operator.workqueue import Key, WorkQueue
 
 Raw = Mapping[str, Any]
 
@@ -23,21 +24,14 @@ Raw = Mapping[str, Any]
 POD_SETTLES = timedelta(seconds=1)
 
 
-def registry(queue: WorkQueue) -> kopf.OperatorRegistry:
+def registry(queue: WorkQueue, news: News) -> kopf.OperatorRegistry:
     """The handlers that fill `queue`."""
     handlers = kopf.OperatorRegistry()
-    heard: dict[tuple[str, str], Any] = {}
 
-    def news(kind: str, event: Raw, mark: Any, usual: Any = None) -> bool:
-        """Whether an event says something new: not the echo of our own writes, nor a heartbeat. An object that was
-        not heard of before is no news where its mark is as `usual`."""
-        key = (kind, event["object"]["metadata"]["uid"])
-        if event["type"] == "DELETED":
-            heard.pop(key, None)
-            return True
-        fresh = heard.get(key, usual) != mark
-        heard[key] = mark
-        return fresh
+    def concerned(kind: str, event: Raw) -> Key | None:
+        """The key of the job to look at, if the event says something new."""
+        thing = event["object"]
+        return news.hear_the_end(kind, thing) if event["type"] == "DELETED" else news.hear(kind, thing)
 
     @kopf.on.login(registry=handlers)
     def login(**kwargs: Any) -> Any:
@@ -48,34 +42,21 @@ def registry(queue: WorkQueue) -> kopf.OperatorRegistry:
         tune(settings)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=handlers)
-    async def job_changed(event: Raw, name: str, meta: Raw, **_: Any) -> None:
-        if news("job", event, (meta.get("generation"), meta.get("deletionTimestamp"))):
-            queue.add((meta["namespace"], name))
+    async def job_changed(event: Raw, **_: Any) -> None:
+        if key := concerned(KIND, event):
+            queue.add(key)
 
     @kopf.on.event("batch", "v1", "jobs", labels={JOB_LABEL: kopf.PRESENT}, registry=handlers)
-    async def stage_job_changed(event: Raw, meta: Raw, labels: Raw, status: Raw, **_: Any) -> None:
-        verdicts = [c["type"] for c in status.get("conditions", ()) if c["status"] == "True"]
-        if news("stage job", event, verdicts, usual=[]):
-            queue.add((meta["namespace"], labels[JOB_LABEL]))
+    async def stage_job_changed(event: Raw, **_: Any) -> None:
+        if key := concerned("Job", event):
+            queue.add(key)
 
     @kopf.on.event("pods", labels={JOB_LABEL: kopf.PRESENT}, registry=handlers)
-    async def pod_changed(event: Raw, meta: Raw, labels: Raw, spec: Raw, status: Raw, **_: Any) -> None:
-        if news("pod", event, (spec.get("nodeName"), *_waits(status))):
-            queue.add_after((meta["namespace"], labels[JOB_LABEL]), POD_SETTLES)
+    async def pod_changed(event: Raw, **_: Any) -> None:
+        if key := concerned("Pod", event):
+            queue.add_after(key, POD_SETTLES)
 
     return handlers
-
-
-def _waits(status: Raw) -> list[str]:
-    """Why a pod waits, as far as a user wants to know."""
-    unscheduled = [c.get("message", "") for c in status.get("conditions", ()) if c["type"] == "PodScheduled"]
-    states = [next(iter(s.get("state") or {"": 0})) for s in status.get("containerStatuses", ())]
-    reasons = [
-        s["state"]["waiting"].get("reason", "")
-        for s in status.get("containerStatuses", ())
-        if "waiting" in (s.get("state") or {})
-    ]
-    return [status.get("phase", ""), *unscheduled, *states, *reasons]
 
 
 class NoMemory(kopf.DiffBaseStorage):
@@ -108,10 +89,10 @@ def tune(settings: kopf.OperatorSettings) -> None:
     settings.networking.connect_timeout = 10
 
 
-async def watch(queue: WorkQueue, namespaces: Sequence[str], stop: asyncio.Event) -> None:
+async def watch(queue: WorkQueue, news: News, namespaces: Sequence[str], stop: asyncio.Event) -> None:
     """Fill `queue` until `stop`, or a signal to the process. No namespaces: all."""
     await kopf.operator(
-        registry=registry(queue),
+        registry=registry(queue, news),
         memo=kopf.Memo(),
         standalone=True,
         clusterwide=not namespaces,

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -64,7 +64,7 @@ class Reports:
         """What the job's trainer said last, to this replica."""
         return self._newest.get(job_uid)
 
-    def keep_only(self, job_uids: set[str]) -> None:
+    def keep_only(self, job_uids: Set[str]) -> None:
         """Forget jobs that are over or gone, and tokens that nobody has used for a while."""
         self._newest = {uid: report for uid, report in self._newest.items() if uid in job_uids}
         oldest = time.monotonic() - TRUST_SECONDS

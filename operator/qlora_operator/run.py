@@ -14,6 +14,7 @@ from qlora_operator.endpoint import Certificates, certificates, endpoint
 from qlora_operator.handlers import watch
 from qlora_operator.leadership import LEADER_LABEL, Replica, lead
 from qlora_operator.metrics import Metrics
+from qlora_operator.news import News
 from qlora_operator.probes import Probes
 from qlora_operator.reconcile import PROGRESS_PAUSE, Reconciler
 from qlora_operator.reports import Reports
@@ -92,7 +93,7 @@ async def _work(
     """All that a leader does, until `stop`; then the passes at work are brought to their end."""
     probes.lead()
     metrics.set_leader(True)
-    queue = WorkQueue(metrics)
+    queue, news = WorkQueue(metrics), News()
     reports = Reports(cluster, lambda key: queue.add_after(key, PROGRESS_PAUSE))
     tls = None if replica is None else await _certificates(cluster, settings, replica)
     target = endpoint(settings, replica, tls.authority.certificate) if replica and tls else None
@@ -107,13 +108,13 @@ async def _work(
 
     async with asyncio.TaskGroup() as group:
         loops = [group.create_task(queue.work(reconcile)) for _ in range(settings.workers)]
-        loops.append(group.create_task(resync(cluster, queue, settings, listed)))
+        loops.append(group.create_task(resync(cluster, queue, news, settings, listed)))
         if replica and tls:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             tls.load_into(context)
             loops.append(group.create_task(reports.serve(settings.report_port, context)))
             loops.append(group.create_task(_renew(cluster, settings, replica, context)))
-        await watch(queue, settings.namespaces, stop)
+        await watch(queue, news, settings.namespaces, stop)
         log.info("stopping")
         await queue.drain(LAST_PASSES_SECONDS)
         for loop in loops:

@@ -22,8 +22,8 @@ def raw(generation: int = 2, ttl: int | None = None, **status: Any) -> dict[str,
     ("job", "needed"),
     [
         ({"metadata": {"generation": 1}, "spec": {}}, True),
-        (raw(phase="Training"), True),
-        (raw(phase="Suspended"), True),
+        (raw(phase="Training"), False),  # its pods are watched
+        (raw(phase="Suspended"), False),
         (raw(phase="Succeeded", completionTime=LONG_AGO), False),
         (raw(phase="Failed", completionTime=LONG_AGO), False),
         (raw(3, phase="Failed", completionTime=LONG_AGO), True),
