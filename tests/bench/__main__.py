@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="of the burst and the start")
     parser.add_argument("--dry", action="store_true", help="print only, write nothing to docs/benchmarks")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was made is removed
     wanted = list(MEASURES) if "all" in arguments.measures else arguments.measures
     cluster = ensure_up()
     kept = PLACE / "operator.json"
@@ -43,6 +45,7 @@ def main() -> int:
             PLACE.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(results, indent=2) + "\n")
             (PLACE / "operator.md").write_text(figures.page(results))
+    measures.clear(cluster)
     return 0
 
 

@@ -34,6 +34,7 @@ REST_SECONDS = 120
 
 MIB = 1024**2
 DEFINITION = f"{PLURAL}.{GROUP}"
+PREFIX = "bench-"
 INSTALLED = "app.kubernetes.io/name=qlora-operator"
 
 
@@ -64,7 +65,9 @@ def bare(cluster: Cluster, count: int) -> float:
                 return rate(load.sent, seen)
 
         with step(f"bare client: {count} ConfigMaps and Jobs"):
-            return asyncio.run(run())
+            per_second = asyncio.run(run())
+        tell(f"   {per_second:.1f} a second")
+        return per_second
 
 
 def burst(cluster: Cluster, count: int, *, whole: bool) -> tuple[float, list[float], Counter[str]]:
@@ -74,7 +77,7 @@ def burst(cluster: Cluster, count: int, *, whole: bool) -> tuple[float, list[flo
         operator.start()
         operator.wait_ready()
         operator.settled()
-        before = requests(cluster)
+        before, cpu = requests(cluster), operator.cpu_seconds()
 
         async def run() -> tuple[float, list[float]]:
             async with connected(cluster.kubeconfig, operator.namespace) as load, load.births() as seen:
@@ -83,6 +86,7 @@ def burst(cluster: Cluster, count: int, *, whole: bool) -> tuple[float, list[flo
                 return rate(load.sent, seen), [seen[first_child(name)] - sent for name, sent in load.sent.items()]
 
         per_second, waits = asyncio.run(run())
+        tell(f"   {per_second:.1f} a second, {1000 * (operator.cpu_seconds() - cpu) / count:.1f} ms of CPU each")
         if not whole:
             return per_second, waits, Counter()
         operator.settled()
@@ -250,27 +254,29 @@ def operated_namespace(cluster: Cluster, purpose: str) -> Iterator[Operator]:
 
 @contextmanager
 def namespace(cluster: Cluster, purpose: str) -> Iterator[str]:
-    """A fresh namespace, wholly gone afterwards: what is left of one load must not burden the next."""
-    name = f"bench-{purpose}-{uuid.uuid4().hex[:6]}"
+    """A fresh namespace, made once those of before are wholly gone: one load must not burden the next."""
+    clear(cluster)
+    name = f"{PREFIX}{purpose}-{uuid.uuid4().hex[:6]}"
     cluster.create_namespace(name)
     try:
         yield name
     finally:
         cluster.delete("namespace", name, wait=False)
-        with step("clearing away") as work:
-            cluster.wait(
-                f"namespace {name} is gone",
-                lambda: cluster.find("namespace", name),
-                lambda found: _is_gone(found, work.say),
-                timeout=PATIENCE_SECONDS,
-                interval=2,
-            )
 
 
-def _is_gone(found: object, say: Callable[[str], None]) -> bool:
-    said = re.search(r"Some resources are remaining: ([^\"]*)", str(found))
-    say(said.group(1) if said else "")
-    return found is None
+def clear(cluster: Cluster) -> None:
+    """Return once no namespace of a bench is left, also of one that was killed."""
+
+    def left() -> list[str]:
+        found = (namespace["metadata"]["name"] for namespace in cluster.list("namespace"))
+        return [name for name in found if name.startswith(PREFIX)]
+
+    names = left()
+    for name in names:
+        cluster.delete("namespace", name, wait=False)
+    if names:
+        with step("clearing away"):
+            cluster.wait("nothing is left", left, lambda found: not found, timeout=PATIENCE_SECONDS, interval=2)
 
 
 @contextmanager
