@@ -42,6 +42,8 @@ RIVALS = ("rival-a", "rival-b")
 #: What pods get to stop in, by the chart's default.
 GRACE_SECONDS = 120
 EFFECTIVE_BATCH = 2
+#: Enough that the training is not over before everything has been done to it.
+STEPS = 120
 
 
 def tiny(name: str, steps: int, *formats: str, **spec: Any) -> Manifest:
@@ -186,7 +188,7 @@ def story(product: Product) -> Story:
     """Three jobs at once; of each fault in turn it is waited only until the training goes on."""
     cluster, namespace, told = product.cluster, product.namespace, Story()
     often = {"checkpoint": {"every": "2s"}}
-    survivor = tiny(SURVIVOR, 160, "adapter", "merged", **often)
+    survivor = tiny(SURVIVOR, STEPS, "adapter", "merged", **often)
     for job in (survivor, tiny(DOOMED, 4000, **often), tiny(GHOST, 4000, **often)):
         product.apply(job)
 
@@ -206,7 +208,7 @@ def story(product: Product) -> Story:
     told.generation_applied_again = product.job(SURVIVOR)["metadata"]["generation"]
     told.jobs_applied_again = [j["metadata"]["name"] for j in cluster.list("job", namespace, _of(SURVIVOR))]
     with pytest.raises(KubectlError) as refused:
-        product.apply(tiny(SURVIVOR, 161, "adapter", "merged", **often))
+        product.apply(tiny(SURVIVOR, STEPS + 1, "adapter", "merged", **often))
     told.refused = str(refused.value)
 
     # things that go while nobody looks: a job with all its children, and a child alone
@@ -344,7 +346,7 @@ def test_the_same_job_applied_twice_is_one_job(story: Story) -> None:
 
 def test_an_edit_is_refused_with_the_reason(story: Story) -> None:
     assert EDITED.is_said_in(story.refused), story.refused
-    assert story.done["spec"]["training"]["maxSteps"] == 160
+    assert story.done["spec"]["training"]["maxSteps"] == STEPS
 
 
 def test_a_job_deleted_while_it_trains_leaves_nothing(product: Product, story: Story) -> None:
