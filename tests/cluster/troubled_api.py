@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import random
 import ssl
 import tempfile
@@ -83,20 +84,18 @@ class TroubledApi:
         config = yaml.safe_load(self._cluster.kubeconfig.read_text())
         cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
         trust = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
-        with tempfile.NamedTemporaryFile() as pem:
-            for part in ("client-certificate-data", "client-key-data"):
-                pem.write(base64.b64decode(user[part]) + b"\n")
-            pem.flush()
-            trust.load_cert_chain(pem.name)
         connector = aiohttp.TCPConnector(ssl=trust, limit=0)
-        session = aiohttp.ClientSession(cluster["server"], connector=connector, auto_decompress=False)
+        headers = {"Authorization": f"Bearer {user['token']}"}
+        session = aiohttp.ClientSession(cluster["server"], connector=connector, headers=headers, auto_decompress=False)
 
         async def handle(request: web.Request) -> web.StreamResponse:
             return await self._handle(request, session)
 
         app = web.Application(client_max_size=16 << 20)
         app.router.add_route("*", "/{path:.*}", handle)
-        runner = web.AppRunner(app, access_log=None)
+        silent = logging.getLogger("troubled-api")
+        silent.disabled = True  # of the connections that it is told to cut it says that they were cut
+        runner = web.AppRunner(app, access_log=None, logger=silent)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
