@@ -50,7 +50,7 @@ class Settings(_Strict):
         default_factory=list, description="For every stage, besides the job's own."
     )
     grace_seconds: int = Field(default=120, ge=5, description="What a stage gets to write its checkpoint on SIGTERM.")
-    workers: int = Field(default=32, ge=1, le=64, description="Jobs looked at concurrently.")
+    workers: int = Field(default=8, ge=1, le=64, description="Jobs looked at concurrently.")
     resync_seconds: int = Field(default=60, ge=5, description="How often everything is listed anew.")
     lease: str = Field(default="qlora-operator", description="Name of the Lease by which replicas agree on a leader.")
     report_service: str = Field(
