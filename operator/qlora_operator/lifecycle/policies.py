@@ -110,6 +110,7 @@ def _cleaned_up(job: Job, status: JobStatus, now: datetime) -> tuple[JobStatus, 
     actions: list[Action] = [
         Remove(task, a.number) for a in status.attempts for task in tasks(job.spec) if _is_of(a, task)
     ]
+    actions += [Remove(task, n) for task, n in current(job.spec, status)]  # one that was stopped has left its order
     update: dict[str, Any] = {"cleanup_time": now.replace(microsecond=0)}
     volume, storage = job.status.work_volume, job.spec.storage
     if volume and storage.claim_name is None and storage.retain != "Keep":
