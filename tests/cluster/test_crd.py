@@ -32,6 +32,7 @@ from qlora_api.v1alpha1 import (
     QLoRAJob,
     Rejected,
     Serving,
+    Usage,
     WorkVolume,
 )
 from tests.bad_specs import BAD, SMALLEST, Bad, edited
@@ -382,7 +383,7 @@ STATUS = JobStatus(
     work_volume=WorkVolume(claim_name="support-bot-work"),
     progress=Progress(
         percent=42, step=130, steps=310, epoch=1.3, loss=1.2345, eval_loss=1.3, tokens_per_second=4200,
-        remaining="12m", last_report_time=NOW,
+        mfu=0.41, remaining="12m", last_report_time=NOW,
     ),
     attempts=(
         Attempt(
@@ -391,6 +392,8 @@ STATUS = JobStatus(
             outcome="OutOfMemory", exit_code=13, message="no memory", change="micro-batch 4",
         ),
     ),
+    usage=Usage(run_seconds=4000, gpu_seconds=3600),
+    cleanup_time=NOW,
     evaluation=EvaluationResult(scores=(Score(metric="exactMatch", base=0.2, tuned=0.9, examples=20),)),
     artifacts=(
         Artifact(

@@ -37,7 +37,7 @@ class TroubledApi:
     """The proxy. Its troubles are attributes, set at any time; `calls` counts what came, by method."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.refuse: tuple[int, ...] = ()  # answered instead of `refused_share` of the calls (watches are let be)
+        self.refuse: tuple[int, ...] = ()  # answers to `refused_share` of the calls but watches; 409 to writes alone
         self.refused_share = 0.0
         self.delay_seconds = 0.0
         self.away = False  # every connection is cut, the open ones too
@@ -114,7 +114,7 @@ class TroubledApi:
             )
         if self.refuse and not watch and random.random() < self.refused_share:
             self.refusals += 1
-            return _status(random.choice(self.refuse))
+            return _status(random.choice([code for code in self.refuse if code != 409 or request.method != "GET"]))
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
         task = asyncio.current_task()
         if watch and task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,17 @@ from tests.e2e.conftest import leader
 
 
 def kill(pod: Manifest, program: str) -> None:
-    """SIGKILL to the process of `pod` whose command line names `program`: nothing is saved or handed over."""
-    uid = pod["metadata"]["uid"]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _is_of(entry, uid, program):
-            os.kill(int(entry.name), signal.SIGKILL)
-            return
+    """SIGKILL to the process of `pod` whose command line names `program`: nothing is saved or handed over.
+
+    Waits for the process, which may just be starting again.
+    """
+    uid, deadline = pod["metadata"]["uid"], time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and _is_of(entry, uid, program):
+                os.kill(int(entry.name), signal.SIGKILL)
+                return
+        time.sleep(0.2)
     raise AssertionError(f"pod {pod['metadata']['name']} has no process {program}")
 
 

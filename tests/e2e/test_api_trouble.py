@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
-from tests.cluster.client import Cluster
+from tests.cluster.client import Cluster, NotInTimeError
 from tests.cluster.troubled_api import TroubledApi
 from tests.e2e.conftest import Product, quickstart
 
@@ -62,13 +62,16 @@ class Scene:
         return waits and self.children("job") == expected and self.children("configmap") == expected
 
     def settle(self, names: list[str], seconds: float = SETTLED_SECONDS) -> None:
-        self.cluster.wait(
-            f"each of {len(names)} jobs has one Job, and says what it waits for",
-            lambda: self.settled(names),
-            timeout=seconds,
-            namespace=self.namespace,
-            interval=1,
-        )
+        try:
+            self.cluster.wait(
+                f"each of {len(names)} jobs has one Job, and says what it waits for",
+                lambda: self.settled(names),
+                timeout=seconds,
+                namespace=self.namespace,
+                interval=1,
+            )
+        except NotInTimeError as error:
+            pytest.fail(f"{error}\nThe operator's log:\n{self.log.read_text()[-5000:]}")
         assert self.process.poll() is None, f"the operator ended; its log:\n{self.log.read_text()[-3000:]}"
 
 

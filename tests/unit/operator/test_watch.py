@@ -273,6 +273,7 @@ def test_ctrl_c_ends_it_and_kubectl_too(kubectl: Kubectl) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_operator.cli", "watch", "support-bot"],
         env=kubectl.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ours may be ignored
     )  # fmt: skip
     assert process.stdout
     assert process.stdout.readline().startswith("Training")
