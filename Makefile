@@ -17,7 +17,7 @@ demo: $(VENV)/.ready ## Run the quickstart end to end (CLUSTER=current REGISTRY=
 	    $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(TAG),--tag $(TAG))
 
 test: check ## Formatting, lint, types, unit, cluster and end-to-end tests
-	$(PYTHON) -m pytest -m "not soak" --numprocesses=2 --dist=loadgroup --durations=15
+	$(PYTHON) -m pytest -m "not soak" --durations=15
 
 check: $(VENV)/.ready ## Formatting, lint, types, import rules, generated files
 	$(PYTHON) -m ruff format --check
