@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONPATH := $(CURDIR):$(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check unit cluster e2e soak bench up down generate lock format venv
+.PHONY: help demo test off-cluster on-cluster check unit cluster e2e soak bench up down generate lock format venv
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -16,8 +16,14 @@ demo: $(VENV)/.ready ## Run the quickstart end to end (CLUSTER=current REGISTRY=
 	$(PYTHON) -m examples.quickstart.demo --cluster $(or $(CLUSTER),embedded) \
 	    $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(TAG),--tag $(TAG))
 
-test: check ## Formatting, lint, types, unit, cluster and end-to-end tests
-	$(PYTHON) -m pytest -m "not soak" --durations=15
+# What needs the one cluster runs beside what does not.
+test: $(VENV)/.ready ## Formatting, lint, types, unit, cluster and end-to-end tests
+	$(MAKE) --jobs=2 --no-print-directory off-cluster on-cluster
+
+off-cluster: check unit
+
+on-cluster: $(VENV)/.ready
+	$(PYTHON) -m pytest -m "(cluster or e2e) and not soak" --durations=15
 
 check: $(VENV)/.ready ## Formatting, lint, types, import rules, generated files
 	$(PYTHON) -m ruff format --check

@@ -113,6 +113,15 @@ def quickstart(name: str, **spec: Any) -> Manifest:
     return job
 
 
+def tiny(name: str, steps: int, *formats: str, **spec: Any) -> Manifest:
+    """A job that is not evaluated, and trains for so many steps of a fraction of a second; `spec` replaces parts."""
+    training = {"maxSteps": steps, "effectiveBatchSize": 2, "gradientCheckpointing": False}
+    dataset = {"train": [{"uri": "pvc://quickstart/train.jsonl"}], "maxLength": 256}
+    job = quickstart(name, **{"evaluation": {}, "training": training, "dataset": dataset, **spec})
+    job["spec"]["output"]["formats"] = list(formats) or ["adapter"]
+    return job
+
+
 @pytest.fixture(scope="session")
 def product(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
     """Installed with two replicas, and so that a job that asks for a GPU may train on the CPU: the GPUs are faked."""

@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
 from tests.cluster import gpus, kwok, settings
 from tests.cluster.client import KubectlError, Manifest
 from tests.e2e import invariants
-from tests.e2e.conftest import Product, condition, quickstart
+from tests.e2e.conftest import Product, condition, quickstart, tiny
 from tests.e2e.judge import judge
 from tests.e2e.processes import kill, kill_operator, operator_away
 from tests.e2e.troubleshooting import (
@@ -41,25 +40,12 @@ NO_CLAIM_TO_WRITE = ("no-work-claim", "no-output-claim")
 RIVALS = ("rival-a", "rival-b")
 #: What pods get to stop in, by the chart's default.
 GRACE_SECONDS = 120
-EFFECTIVE_BATCH = 2
 #: Enough that the training is not over before everything has been done to it.
 STEPS = 120
 
 
-def tiny(name: str, steps: int, *formats: str, **spec: Any) -> Manifest:
-    """A job that is not evaluated, and trains for so many steps of a fraction of a second; `spec` replaces parts."""
-    training = {"maxSteps": steps, "effectiveBatchSize": EFFECTIVE_BATCH, "gradientCheckpointing": False}
-    dataset = {"train": [{"uri": "pvc://quickstart/train.jsonl"}], "maxLength": 256}
-    job = quickstart(name, **{"evaluation": {}, "training": training, "dataset": dataset, **spec})
-    job["spec"]["output"]["formats"] = list(formats) or ["adapter"]
-    return job
-
-
 def reason(job: Manifest) -> str:
     return condition(job, "Ready").get("reason", "")
-
-
-# --- bad input, all of it at the same time ---
 
 
 @pytest.fixture(scope="module")
@@ -76,92 +62,6 @@ def all_at_once(product: Product) -> Iterator[None]:
         product.apply(rival)
     yield
     kwok.delete_nodes(product.cluster, fake)
-
-
-def as_expected(product: Product, trouble: Trouble) -> Manifest:
-    """The job, once it says what the table promises. One that has ended otherwise is an error at once."""
-
-    def there(job: Manifest) -> bool:
-        return reason(job) == trouble.reason or job.get("status", {}).get("phase") in invariants.FINAL
-
-    expected = f"{trouble.name} is {trouble.phase}, {trouble.reason}"
-    job = product.cluster.wait(expected, lambda: product.job(trouble.name), there, 300, product.namespace, interval=0.5)
-    assert (job["status"]["phase"], reason(job)) == (trouble.phase, trouble.reason), job["status"]["message"]
-    assert trouble.is_said_in(job["status"]["message"]), job["status"]["message"]
-    return job
-
-
-@pytest.mark.parametrize("trouble", REFUSED, ids=[trouble.name for trouble in REFUSED])
-def test_what_cannot_work_is_refused_on_a_cpu_pod(product: Product, all_at_once: None, trouble: Trouble) -> None:
-    job = as_expected(product, trouble)
-    assert judge([job])[0].status == "Failed"
-    assert condition(job, "Failed")["message"] == job["status"]["message"]
-    assert {a["stage"] for a in job["status"].get("attempts", ())} <= {"inspect"}
-    assert len(job["status"].get("attempts", ())) <= 1, "tried again"
-    assert product.pods(trouble.name, "train") == []
-    invariants.check(product.cluster, job)
-
-
-@pytest.mark.parametrize("trouble", WAITING, ids=[trouble.name for trouble in WAITING])
-def test_what_may_come_is_waited_for(product: Product, all_at_once: None, trouble: Trouble) -> None:
-    job = as_expected(product, trouble)
-    assert judge([job])[0].status == "InProgress"
-    assert condition(job, "Failed") == {}
-    invariants.check(product.cluster, job)
-
-
-def test_what_waits_goes_on_when_its_cause_is_gone(product: Product, all_at_once: None) -> None:
-    cluster, namespace = product.cluster, product.namespace
-    for claim in ("tickets", "models", "scratch", "results"):
-        cluster.create(_claim(claim), namespace)
-    product.edit("no-image", {"suspend": True})
-    product.edit("no-image", {"podTemplate": {"image": product.images.trainer}})
-    product.edit("no-image", {"suspend": False})
-    larger = kwok.create_nodes(cluster, "larger-gpu", 1, gpus.labels(gpus.L4, 8), {gpus.RESOURCE: "8"}, taints=[TAINT])
-    try:
-        # the claims are new and empty: that is the next thing to be said
-        for name, says in (("no-data-claim", "pvc://tickets/train.jsonl"), ("no-model-claim", "pvc://models/base")):
-            failed = product.wait_for(name, "Failed", timeout=240)
-            assert (reason(failed), says in failed["status"]["message"]) == ("BadInput", True)
-            invariants.check(cluster, failed)
-        planned = product.wait_for("gpu-too-small", "Planned", timeout=120)
-        assert planned["status"]["plan"]["flavour"] == gpus.L4.name
-        assert TINY in {r["flavour"] for r in planned["status"]["plan"]["rejected"]}
-        healed = product.wait_for("no-image", "Planned", timeout=240)
-        assert [a["number"] for a in healed["status"]["attempts"]] == [1]
-        for job in (planned, healed, *(product.wait_for(n, "Succeeded", timeout=240) for n in NO_CLAIM_TO_WRITE)):
-            invariants.check(cluster, job)
-        cluster.delete(JOBS, "no-work-claim", namespace)
-        assert cluster.find("persistentvolumeclaim", "scratch", namespace), "it is the user's"
-    finally:
-        kwok.delete_nodes(cluster, larger)
-
-
-def _claim(name: str) -> Manifest:
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": name},
-        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
-    }
-
-
-def test_of_two_jobs_with_one_place_for_their_results_one_is_published(product: Product, all_at_once: None) -> None:
-    first, second = (product.wait_for(name, *invariants.FINAL, timeout=300) for name in RIVALS)
-    won, lost = (first, second) if first["status"]["phase"] == "Succeeded" else (second, first)
-    assert (won["status"]["phase"], lost["status"]["phase"], reason(lost)) == ("Succeeded", TAKEN.phase, TAKEN.reason)
-    assert TAKEN.is_said_in(lost["status"]["message"]), lost["status"]["message"]
-    assert [a["state"] for a in lost["status"]["artifacts"]] == ["Made"]
-    assert lost["status"]["workVolume"]["retained"], "its adapter is not lost"
-    for job in (won, lost):
-        invariants.check(product.cluster, job)
-
-
-def test_a_manifest_that_contradicts_itself_is_refused_by_the_server(product: Product) -> None:
-    with pytest.raises(KubectlError) as refused:
-        product.apply(quickstart(INVALID.name, **INVALID.spec))
-    assert INVALID.is_said_in(str(refused.value))
-    assert product.cluster.find(JOBS, INVALID.name, product.namespace) is None
 
 
 # --- faults in the middle ---
@@ -184,8 +84,8 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(product: Product) -> Story:
-    """Three jobs at once; of each fault in turn it is waited only until the training goes on."""
+def story(product: Product, all_at_once: None) -> Story:
+    """Three jobs, beside all the bad ones; of each fault in turn it is waited only until the training goes on."""
     cluster, namespace, told = product.cluster, product.namespace, Story()
     often = {"checkpoint": {"every": "2s"}}
     survivor = tiny(SURVIVOR, STEPS, "adapter", "merged", **often)
@@ -323,7 +223,7 @@ def test_a_killed_training_is_told_of_and_goes_on_from_its_checkpoint(story: Sto
     assert crashed["exitCode"] == 137
     assert judge([story.after_kill])[0].status == "InProgress"
     plan = story.done["status"]["plan"]
-    assert plan["microBatchSize"] * plan["gradientAccumulation"] == EFFECTIVE_BATCH
+    assert plan["microBatchSize"] * plan["gradientAccumulation"] == story.done["spec"]["training"]["effectiveBatchSize"]
     assert plan["recipe"] == story.after_kill["status"]["plan"]["recipe"]
     steps = [_resumed_from(text) for text in story.logs.values()]
     assert steps[0] > 0 and steps == sorted(steps), story.logs.keys()
@@ -360,3 +260,92 @@ def test_a_job_deleted_while_it_trains_leaves_nothing(product: Product, story: S
 def test_a_job_deleted_while_no_operator_ran_does_not_come_back(product: Product, story: Story) -> None:
     """The operator has been at work again since, through several passes over all jobs."""
     assert invariants.left_of(product.cluster, GHOST, product.namespace) == []
+
+
+# --- bad input, all of it at the same time ---
+
+
+def as_expected(product: Product, trouble: Trouble) -> Manifest:
+    """The job, once it says what the table promises. One that has ended otherwise is an error at once."""
+
+    def there(job: Manifest) -> bool:
+        return reason(job) == trouble.reason or job.get("status", {}).get("phase") in invariants.FINAL
+
+    expected = f"{trouble.name} is {trouble.phase}, {trouble.reason}"
+    job = product.cluster.wait(expected, lambda: product.job(trouble.name), there, 300, product.namespace, interval=0.5)
+    assert (job["status"]["phase"], reason(job)) == (trouble.phase, trouble.reason), job["status"]["message"]
+    assert trouble.is_said_in(job["status"]["message"]), job["status"]["message"]
+    return job
+
+
+@pytest.mark.parametrize("trouble", REFUSED, ids=[trouble.name for trouble in REFUSED])
+def test_what_cannot_work_is_refused_on_a_cpu_pod(product: Product, all_at_once: None, trouble: Trouble) -> None:
+    job = as_expected(product, trouble)
+    assert judge([job])[0].status == "Failed"
+    assert condition(job, "Failed")["message"] == job["status"]["message"]
+    assert {a["stage"] for a in job["status"].get("attempts", ())} <= {"inspect"}
+    assert len(job["status"].get("attempts", ())) <= 1, "tried again"
+    assert product.pods(trouble.name, "train") == []
+    invariants.check(product.cluster, job)
+
+
+@pytest.mark.parametrize("trouble", WAITING, ids=[trouble.name for trouble in WAITING])
+def test_what_may_come_is_waited_for(product: Product, all_at_once: None, trouble: Trouble) -> None:
+    job = as_expected(product, trouble)
+    assert judge([job])[0].status == "InProgress"
+    assert condition(job, "Failed") == {}
+    invariants.check(product.cluster, job)
+
+
+def test_what_waits_goes_on_when_its_cause_is_gone(product: Product, all_at_once: None) -> None:
+    cluster, namespace = product.cluster, product.namespace
+    for claim in ("tickets", "models", "scratch", "results"):
+        cluster.create(_claim(claim), namespace)
+    product.edit("no-image", {"suspend": True})
+    product.edit("no-image", {"podTemplate": {"image": product.images.trainer}})
+    product.edit("no-image", {"suspend": False})
+    larger = kwok.create_nodes(cluster, "larger-gpu", 1, gpus.labels(gpus.L4, 8), {gpus.RESOURCE: "8"}, taints=[TAINT])
+    try:
+        # the claims are new and empty: that is the next thing to be said
+        for name, says in (("no-data-claim", "pvc://tickets/train.jsonl"), ("no-model-claim", "pvc://models/base")):
+            failed = product.wait_for(name, "Failed", timeout=240)
+            assert (reason(failed), says in failed["status"]["message"]) == ("BadInput", True)
+            invariants.check(cluster, failed)
+        planned = product.wait_for("gpu-too-small", "Planned", timeout=120)
+        assert planned["status"]["plan"]["flavour"] == gpus.L4.name
+        assert TINY in {r["flavour"] for r in planned["status"]["plan"]["rejected"]}
+        healed = product.wait_for("no-image", "Planned", timeout=240)
+        assert [a["number"] for a in healed["status"]["attempts"]] == [1]
+        for job in (planned, healed, *(product.wait_for(n, "Succeeded", timeout=240) for n in NO_CLAIM_TO_WRITE)):
+            invariants.check(cluster, job)
+        cluster.delete(JOBS, "no-work-claim", namespace)
+        assert cluster.find("persistentvolumeclaim", "scratch", namespace), "it is the user's"
+    finally:
+        kwok.delete_nodes(cluster, larger)
+
+
+def _claim(name: str) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+    }
+
+
+def test_of_two_jobs_with_one_place_for_their_results_one_is_published(product: Product, all_at_once: None) -> None:
+    first, second = (product.wait_for(name, *invariants.FINAL, timeout=300) for name in RIVALS)
+    won, lost = (first, second) if first["status"]["phase"] == "Succeeded" else (second, first)
+    assert (won["status"]["phase"], lost["status"]["phase"], reason(lost)) == ("Succeeded", TAKEN.phase, TAKEN.reason)
+    assert TAKEN.is_said_in(lost["status"]["message"]), lost["status"]["message"]
+    assert [a["state"] for a in lost["status"]["artifacts"]] == ["Made"]
+    assert lost["status"]["workVolume"]["retained"], "its adapter is not lost"
+    for job in (won, lost):
+        invariants.check(product.cluster, job)
+
+
+def test_a_manifest_that_contradicts_itself_is_refused_by_the_server(product: Product) -> None:
+    with pytest.raises(KubectlError) as refused:
+        product.apply(quickstart(INVALID.name, **INVALID.spec))
+    assert INVALID.is_said_in(str(refused.value))
+    assert product.cluster.find(JOBS, INVALID.name, product.namespace) is None

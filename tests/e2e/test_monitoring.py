@@ -29,7 +29,7 @@ from tests.e2e.conftest import VALUES, Product, quickstart
 pytestmark = pytest.mark.e2e
 
 NAME, BLOCKED = "watched", "blocked"
-SHORT = {"maxSteps": 60, "learningRate": 2e-3, "effectiveBatchSize": 8}
+SHORT = {"maxSteps": 40, "learningRate": 2e-3, "effectiveBatchSize": 8, "gradientCheckpointing": False}
 MONITORING = {
     "podMonitor": {"enabled": True, "interval": "1s"},
     "rules": {"enabled": True},

@@ -12,8 +12,7 @@ import pytest
 from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
 from qlora_api.exchange import PROGRESS_AUDIENCE, PROGRESS_URL_ENV
 from tests.cluster import pods
-from tests.e2e.conftest import Product, leader
-from tests.e2e.test_lifecycle import short
+from tests.e2e.conftest import Product, leader, tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -58,9 +57,7 @@ class Training:
 
 @pytest.fixture(scope="module")
 def training(product: Product) -> Iterator[Training]:
-    job = short(NAME)
-    job["spec"]["training"]["maxSteps"] = 2000
-    product.apply(job)
+    product.apply(tiny(NAME, 5000))
     product.wait_for(NAME, "Training", timeout=240)
     (pod,) = product.cluster.wait("its pod", lambda: product.pods(NAME, "train"), bool, 60, product.namespace)
     environment = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}

@@ -1,7 +1,8 @@
 """One job, from `kubectl apply` to a published, merged model, watched all along; the operator is killed meanwhile.
 
 The job asks for an NVIDIA GPU. The cluster has three flavours, of which only the smallest is on a node that is real
-(the GPU is faked, and the installation allows the CPU).
+(the GPU is faked, and the installation allows the CPU). While it trains, users do to other jobs what users do: review
+the plan, suspend, resume, bound the cost, delete.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -23,13 +24,14 @@ from examples.quickstart.upload import HERE, MOUNT, shell
 from qlora_api.exchange import Stage
 from tests.cluster import gpus, kwok, settings
 from tests.cluster.client import Cluster, Manifest
-from tests.e2e.conftest import Product, condition, quickstart
+from tests.e2e.conftest import Product, condition, quickstart, tiny
 from tests.e2e.judge import judge
 from tests.e2e.processes import kill_operator
 
 pytestmark = pytest.mark.e2e
 
 NAME = "the-whole-way"
+REVIEWED, TOO_DEAR = "reviewed", "too-dear"
 TIMEOUT_SECONDS = 900
 GPU_TAINT = {"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}
 PODS_PAGE = REPOSITORY / "docs" / "pods.md"
@@ -72,8 +74,8 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def run(product: Product) -> Iterator[Run]:
-    """The job run once, with the operator killed (-9) while it trains."""
+def watch(product: Product) -> Iterator[Watch]:
+    """The job while it trains, after the operator was killed (-9)."""
     cluster, namespace = product.cluster, product.namespace
     gpus.give(cluster, gpus.T4, 1)
     fake = []
@@ -91,18 +93,127 @@ def run(product: Product) -> Iterator[Run]:
         interval=2,
     )
     kill_operator(cluster)
+    yield watch
+    kwok.delete_nodes(cluster, fake)
+    gpus.take(cluster)
+
+
+@pytest.fixture(scope="module")
+def run(product: Product, watch: Watch) -> Run:
+    """The job, run to its end."""
     job = product.wait_for(NAME, "Succeeded", timeout=TIMEOUT_SECONDS)
-    operators = cluster.list("pod", OPERATOR_NAMESPACE)
-    yield Run(
+    operators = product.cluster.list("pod", OPERATOR_NAMESPACE)
+    return Run(
         product,
         job,
         watch.stop(),
         product.pods(NAME),
-        cluster.list("job", namespace, f"qlora.dev/job={NAME}"),
+        product.cluster.list("job", product.namespace, f"qlora.dev/job={NAME}"),
         sum(pod["status"]["containerStatuses"][0]["restartCount"] for pod in operators),
     )
-    kwok.delete_nodes(cluster, fake)
-    gpus.take(cluster)
+
+
+# --- what users do, while it trains ---
+
+
+@pytest.fixture(scope="module")
+def both_applied(product: Product, watch: Watch) -> None:
+    """While one job waits for its user, the other runs out of its budget."""
+    product.apply(tiny(REVIEWED, 100, planOnly=True))
+    product.apply(tiny(TOO_DEAR, 5000, budget={"maxRuntime": "40s"}))
+
+
+def test_plan_review_go_then_suspend_and_resume(product: Product, both_applied: None) -> None:
+    cluster, namespace, name = product.cluster, product.namespace, REVIEWED
+    planned = product.wait_for(name, "Planned", timeout=240)
+    assert judge([planned])[0].status == "Current"
+    assert planned["status"]["plan"]["recipe"]["method"] == "qlora"
+    assert cluster.find("persistentvolumeclaim", f"{name}-work", namespace) is None
+    assert product.pods(name, "train") == []
+
+    product.edit(name, {"planOnly": False})
+    cluster.wait("it trains", lambda: product.logs(name, "train"), lambda text: "step " in text, 300, namespace, 1)
+    product.edit(name, {"suspend": True})
+    suspended = cluster.wait(
+        "it is suspended",
+        lambda: product.job(name),
+        lambda job: condition(job, "Ready").get("reason") == "Suspended",
+        150,
+        namespace,
+        1,
+    )
+    assert condition(suspended, "Suspended")["status"] == "True"
+    assert product.pods(name, "train") == []
+
+    product.edit(name, {"suspend": False})
+    cluster.wait(
+        "it goes on", lambda: product.logs(name, "train"), lambda log: "resumed from step" in log, 300, namespace, 1
+    )
+    done = product.wait_for(name, "Succeeded", timeout=400)
+    trainings = [a for a in done["status"]["attempts"] if a["stage"] == "train"]
+    assert [a["outcome"] for a in trainings] == ["Succeeded"]
+    # retain OnFailure: a job that succeeded gives its work volume back
+    cluster.wait(
+        "the work volume is gone", lambda: cluster.find("persistentvolumeclaim", f"{name}-work", namespace), _is_none
+    )
+
+    cluster.delete("qlorajobs.qlora.dev", name, namespace)
+    cluster.wait(
+        "its children are gone", lambda: cluster.list("job,configmap", namespace, f"qlora.dev/job={name}"), _is_empty
+    )
+
+
+def test_a_job_over_its_budget_stops_with_a_checkpoint_and_is_cleaned_up_when_its_time_is_over(
+    product: Product, both_applied: None
+) -> None:
+    cluster, namespace, name = product.cluster, product.namespace, TOO_DEAR
+    failed = product.wait_for(name, "Failed", timeout=300)
+
+    assert condition(failed, "Failed")["reason"] == "BudgetExceeded"
+    assert "spec.budget.maxRuntime is 40s" in failed["status"]["message"]
+    assert f"its checkpoint is kept on the claim {name}-work" in failed["status"]["message"]
+    assert 40 <= failed["status"]["usage"]["runSeconds"] <= 100
+    assert cluster.find("persistentvolumeclaim", f"{name}-work", namespace)
+
+    product.edit(name, {"ttlSecondsAfterFinished": 1})
+    cluster.wait(
+        "its children are gone",
+        lambda: cluster.list("job,configmap,pod,persistentvolumeclaim", namespace, f"qlora.dev/job={name}"),
+        _is_empty,
+        timeout=120,
+        interval=1,
+    )
+    status = product.job(name)["status"]
+    assert (status["phase"], status["workVolume"]["retained"]) == ("Failed", False)
+    assert "cleanupTime" in status
+
+
+def test_a_job_asks_for_the_product_that_it_names_and_says_why_it_waits(product: Product, watch: Watch) -> None:
+    """The data's volume is on the real node, the named product is not: the scheduler binds nothing, and says so."""
+    hardware = {"accelerator": "nvidia", "gpuProducts": [gpus.H100.name]}
+    name = product.apply(tiny("placed", 1, hardware=hardware))
+    waiting = product.cluster.wait(
+        "its training waits for a node",
+        lambda: product.job(name),
+        lambda job: condition(job, "Scheduled").get("status") == "False",
+        timeout=240,
+        namespace=product.namespace,
+        interval=1,
+    )
+    plan = waiting["status"]["plan"]
+    assert plan["flavour"] == gpus.H100.name
+    assert {"flavour": gpus.L4.name, "reason": "not among spec.hardware.gpuProducts"} in plan["rejected"]
+    assert waiting["status"]["phase"] == "Scheduling"
+    assert "nodes are available" in waiting["status"]["message"]
+    (train,) = product.pods(name, "train")
+    required = train["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (product_term, memory_term) = required["nodeSelectorTerms"][0]["matchExpressions"]
+    assert product_term["values"] == [gpus.H100.name]
+    assert memory_term["operator"] == "Gt"
+    product.cluster.delete("qlorajobs.qlora.dev", name, product.namespace)
+
+
+# --- what has become of it ---
 
 
 def test_it_succeeds_and_says_what_and_where(run: Run) -> None:
@@ -241,3 +352,11 @@ def _source(volume: Manifest) -> str:
     if "projected" in volume:
         return "a token for progress reports, and whom to trust with it"
     return "the order (ConfigMap)" if "configMap" in volume else "scratch"
+
+
+def _is_none(found: object) -> bool:
+    return found is None
+
+
+def _is_empty(found: Sequence[object]) -> bool:
+    return not found

@@ -7,37 +7,38 @@ from pathlib import Path
 import numpy as np
 
 from qlora_api.exchange import Inspection, InspectOrder, TokenCounts
-from qlora_trainer.data import Corpus, read_corpus
+from qlora_trainer.data import read_corpus
 from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
 from qlora_trainer.inputs import download_bytes, with_inputs
-from qlora_trainer.model import open_base
-from qlora_trainer.sequences import NO_LOSS, Sequence, Tokenisation, cut, pack
 from qlora_trainer.stores import open_store
 
 #: Sequence lengths are rounded up to this, which suits the kernels.
 LENGTH_STEP = 64
-SAMPLES_LOGGED = 5
 
 
 def inspect(order: InspectOrder, pod: Pod) -> Inspection:
     """Look at model and data. Raises BadInput for what cannot work, in the words of the spec."""
-    quiet_libraries()
     log.info("looking at %s", order.model_uri)
     pod = with_inputs(order, pod)
     if order.output_uri:
         store = open_store("output", order.output_uri, order.output_secret, pod)
         log.info("%s can be used; %d objects are there", order.output_uri, len(store.objects()))
-    base = open_base(Path(pod.path_of(order.model_uri, "model.uri")), order.model_uri)
-    log.info(
-        "%s, %.3g parameters stored as %s, sequences of up to %d tokens",
-        base.architecture, base.shape.parameters, base.shape.dtype, base.shape.max_position,
-    )  # fmt: skip
-
     corpus = read_corpus(order.data, pod)
     log.info(
         "%d training examples (%d duplicates removed), %d for evaluation, %d golden",
         len(corpus.train), corpus.duplicates, len(corpus.eval), len(corpus.golden),
+    )  # fmt: skip
+
+    # seconds to import, so only now: what is wrong with the data has been said
+    from qlora_trainer.model import open_base
+    from qlora_trainer.sequences import Tokenisation, cut, log_samples, pack
+
+    quiet_libraries()
+    base = open_base(Path(pod.path_of(order.model_uri, "model.uri")), order.model_uri)
+    log.info(
+        "%s, %.3g parameters stored as %s, sequences of up to %d tokens",
+        base.architecture, base.shape.parameters, base.shape.dtype, base.shape.max_position,
     )  # fmt: skip
 
     tokenise = Tokenisation(base.tokenizer, corpus.format, order.loss)
@@ -96,17 +97,3 @@ def _max_length(lengths: np.ndarray, ordered: int | None, max_position: int) -> 
         return ordered
     fitting = int(np.percentile(lengths, 99.5, method="inverted_cdf"))
     return min(-(-fitting // LENGTH_STEP) * LENGTH_STEP, max_position)
-
-
-def log_samples(sequences: list[Sequence], corpus: Corpus, tokenizer: object) -> None:
-    """Print the first examples as the model sees them, loss in ⟦brackets⟧, and the first golden answers."""
-    for number, sequence in enumerate(sequences[:SAMPLES_LOGGED]):
-        text, learning = "", False
-        for token, label in zip(sequence.ids, sequence.labels, strict=True):
-            if (label != NO_LOSS) != learning:
-                text += "⟧" if learning else "⟦"
-                learning = not learning
-            text += tokenizer.decode([token])  # type: ignore[attr-defined]
-        log.info("example %d: %s%s", number, text, "⟧" if learning else "")
-    for number, example in enumerate(corpus.golden[:SAMPLES_LOGGED]):
-        log.info("golden %d expects: %s", number, example.expected)

@@ -12,12 +12,14 @@ from datasets import Dataset
 from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 from trl.data_utils import common_prefix_length, pack_dataset
 
-from qlora_trainer.data import Example
+from qlora_trainer.data import Corpus, Example
+from qlora_trainer.environment import log
 from qlora_trainer.failures import BadInput
 
 Loss = Literal["assistant", "completion", "all"]
 #: Label of a token that carries no loss; torch's cross-entropy and transformers share it.
 NO_LOSS = -100
+SAMPLES_LOGGED = 5
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,20 @@ def prompt_tokens(tokenizer: Any, example: Example) -> list[int]:
         )
         return rendered["input_ids"]
     return tokenizer(example.content["prompt"])["input_ids"]
+
+
+def log_samples(sequences: list[Sequence], corpus: Corpus, tokenizer: Any) -> None:
+    """Print the first examples as the model sees them, loss in ⟦brackets⟧, and the first golden answers."""
+    for number, sequence in enumerate(sequences[:SAMPLES_LOGGED]):
+        text, learning = "", False
+        for token, label in zip(sequence.ids, sequence.labels, strict=True):
+            if (label != NO_LOSS) != learning:
+                text += "⟧" if learning else "⟦"
+                learning = not learning
+            text += tokenizer.decode([token])
+        log.info("example %d: %s%s", number, text, "⟧" if learning else "")
+    for number, example in enumerate(corpus.golden[:SAMPLES_LOGGED]):
+        log.info("golden %d expects: %s", number, example.expected)
 
 
 def cut(sequences: list[Sequence], max_length: int) -> list[Sequence]:

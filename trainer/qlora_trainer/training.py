@@ -26,14 +26,13 @@ from qlora_trainer.evaluation import METRIC, exact_match, mean_loss, micro_batch
 from qlora_trainer.failures import BadInput, Diverged, Interrupted
 from qlora_trainer.flops import Work, peak_flops
 from qlora_trainer.inputs import with_inputs
-from qlora_trainer.inspection import log_samples
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.model import BaseModel, open_base
 from qlora_trainer.optimization import learning_rate, make_optimizer
 from qlora_trainer.quantization import load_for_training, quantized_modules
 from qlora_trainer.recording import Recorder
 from qlora_trainer.results import record, recorded
-from qlora_trainer.sequences import Sequence, Tokenisation, batches, cut, pack
+from qlora_trainer.sequences import Sequence, Tokenisation, batches, cut, log_samples, pack
 
 #: Beside the adapter: what it was trained on, for the merge and for whoever finds the adapter later.
 TRAINING_NAME = "qlora-training.json"

@@ -28,7 +28,7 @@ S = TypeVar("S", Absent, Stopping, Active, Ended)
 
 NOW = timedelta()
 SOON = timedelta(seconds=2)
-WHEN_NODES_CHANGE = timedelta(seconds=60)
+WHEN_NODES_CHANGE = timedelta(seconds=30)
 
 FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
 PHASE_OF = {
