@@ -16,11 +16,12 @@ demo: $(VENV)/.ready ## Run the quickstart end to end (CLUSTER=current REGISTRY=
 	$(PYTHON) -m examples.quickstart.demo --cluster $(or $(CLUSTER),embedded) \
 	    $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(TAG),--tag $(TAG))
 
-# What needs the one cluster runs beside what does not.
+# What needs the one cluster runs beside what does not, which takes the time that the former waits.
 test: $(VENV)/.ready ## Formatting, lint, types, unit, cluster and end-to-end tests
 	$(MAKE) --jobs=2 --no-print-directory off-cluster on-cluster
 
-off-cluster: check unit
+off-cluster:
+	nice $(MAKE) check unit
 
 on-cluster: $(VENV)/.ready
 	$(PYTHON) -m pytest -m "(cluster or e2e) and not soak" --durations=15

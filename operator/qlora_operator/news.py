@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.v1alpha1 import KIND
+from qlora_operator.lifecycle.policies import FINISHED
 from qlora_operator.manifests.names import JOB_LABEL
 from qlora_operator.workqueue import Key
 
@@ -19,11 +20,23 @@ Raw = Mapping[str, Any]
 @dataclass(frozen=True)
 class Kind:
     """A kind of object that jobs are made of. `mark` is the part of it that a decision may depend on; an object that
-    was not heard of before and whose mark is `usual` is no news."""
+    was not heard of before and `rests` is no news."""
 
     job: Callable[[Raw], str]
     mark: Callable[[Raw], Any]
-    usual: Any = None
+    rests: Callable[[Raw], bool]
+
+
+def _is_over_and_cleaned_up(job: Raw) -> bool:
+    """Whether nothing is left to do for a job; of the thousands that a cluster keeps, most are such."""
+    status = job.get("status", {})
+    return (
+        status.get("phase") in FINISHED
+        and status.get("observedGeneration") == job["metadata"].get("generation")
+        and "deletionTimestamp" not in job["metadata"]
+        and not status.get("workVolume", {}).get("retained")
+        and ("cleanupTime" in status or job["spec"].get("ttlSecondsAfterFinished") is None)
+    )
 
 
 def _verdicts(stage_job: Raw) -> list[str]:
@@ -51,9 +64,11 @@ KINDS: dict[str, Kind] = {
     KIND: Kind(
         job=lambda job: job["metadata"]["name"],
         mark=lambda job: (job["metadata"].get("generation"), job["metadata"].get("deletionTimestamp")),
+        rests=_is_over_and_cleaned_up,
     ),
-    "Job": Kind(job=_labelled, mark=_verdicts, usual=[]),  # a Job without a verdict: the echo of its creation
-    "Pod": Kind(job=_labelled, mark=_waits),
+    # a Job without a verdict: the echo of its creation
+    "Job": Kind(job=_labelled, mark=_verdicts, rests=lambda stage_job: not _verdicts(stage_job)),
+    "Pod": Kind(job=_labelled, mark=_waits, rests=lambda _: False),
 }
 
 
@@ -67,9 +82,10 @@ class News:
         """The key of the job concerned, if `thing` says something new."""
         what, uid = KINDS[kind], thing["metadata"]["uid"]
         key, mark = (thing["metadata"]["namespace"], what.job(thing)), what.mark(thing)
-        before = self._heard[kind].get(uid, (key, what.usual))[1]
+        before = self._heard[kind].get(uid)
         self._heard[kind][uid] = key, mark
-        return None if mark == before else key
+        is_old = what.rests(thing) if before is None else before[1] == mark
+        return None if is_old else key
 
     def hear_the_end(self, kind: str, thing: Raw) -> Key:
         """`thing` is gone: the key of the job concerned."""

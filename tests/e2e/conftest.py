@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
 from examples.quickstart.install import REPOSITORY, Images, install
 from examples.quickstart.upload import DATA, HERE, fill_claim
-from qlora_operator.leadership import LEADER_LABEL
-from tests.cluster import images
+from tests.cluster import gpus, images, kwok
 from tests.cluster.client import Cluster, Manifest
+from tests.e2e.processes import kill_operator
 from tests.e2e.troubleshooting import write_bad_files
+from tests.e2e.versions import Versions
+
+WHOLE_WAY = "the-whole-way"
+#: Real pods do not run on nodes that only look like it.
+GPU_TAINT = {"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}
 
 VALUES = {
     "cpuAllowed": True,
@@ -78,23 +82,6 @@ class Product:
         return self.cluster.wait(expected, lambda: self.job(name), there, timeout, self.namespace, interval=1)
 
 
-def leader(cluster: Cluster) -> Manifest:
-    """The pod of the replica that leads."""
-    (pod,) = cluster.wait(
-        "one replica leads",
-        lambda: [
-            pod
-            for pod in cluster.list("pod", OPERATOR_NAMESPACE, f"{LEADER_LABEL}=true")
-            if "deletionTimestamp" not in pod["metadata"]
-        ],
-        lambda pods: len(pods) == 1,
-        timeout=60,
-        namespace=OPERATOR_NAMESPACE,
-        interval=0.5,
-    )
-    return pod
-
-
 def _is_leaving(pod: Manifest) -> bool:
     return "deletionTimestamp" in pod["metadata"]
 
@@ -133,3 +120,32 @@ def product(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     fill_claim(cluster, namespace, built.trainer, (*(HERE / name for name in DATA), bad))
     yield Product(cluster, built, namespace)
     cluster.delete("namespace", namespace, wait=False)
+
+
+@pytest.fixture(scope="session")
+def whole_way(product: Product) -> Iterator[Versions]:
+    """The job `WHOLE_WAY` on its way, watched from the first moment; the operator was killed (-9) as it began to train.
+
+    It trains for minutes, so that a session's last tests run beside it. It asks for an NVIDIA GPU: the cluster has
+    three flavours, of which only the smallest is on a node that is real (the GPU is faked, and the CPU is allowed).
+    """
+    cluster, namespace = product.cluster, product.namespace
+    gpus.give(cluster, gpus.T4, 1)
+    fake = []
+    for prefix, flavour in (("gpu-l4", gpus.L4), ("gpu-h100", gpus.H100)):
+        fake += kwok.create_nodes(cluster, prefix, 1, gpus.labels(flavour, 8), {gpus.RESOURCE: "8"}, taints=[GPU_TAINT])
+    versions = Versions(cluster, f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs", WHOLE_WAY)
+    product.apply(quickstart(WHOLE_WAY, hardware={"accelerator": "nvidia"}, storage={"retain": "Keep"}))
+    cluster.wait(
+        "the training makes steps",
+        lambda: product.logs(WHOLE_WAY, "train"),
+        lambda text: "step " in text,
+        timeout=600,
+        namespace=namespace,
+        interval=2,
+    )
+    kill_operator(cluster)
+    yield versions
+    versions.stop()
+    kwok.delete_nodes(cluster, fake)
+    gpus.take(cluster)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
+from qlora_operator.leadership import LEADER_LABEL
 from tests.cluster import state
 from tests.cluster.client import Cluster, Manifest
-from tests.e2e.conftest import leader
 
 
 def kill(pod: Manifest, program: str) -> None:
@@ -35,6 +35,23 @@ def _is_of(process: Path, uid: str, program: str) -> bool:
         return uid in (process / "cgroup").read_text() and program in (process / "cmdline").read_text()
     except OSError:  # it ended meanwhile
         return False
+
+
+def leader(cluster: Cluster) -> Manifest:
+    """The pod of the replica that leads."""
+    (pod,) = cluster.wait(
+        "one replica leads",
+        lambda: [
+            pod
+            for pod in cluster.list("pod", OPERATOR_NAMESPACE, f"{LEADER_LABEL}=true")
+            if "deletionTimestamp" not in pod["metadata"]
+        ],
+        lambda pods: len(pods) == 1,
+        timeout=60,
+        namespace=OPERATOR_NAMESPACE,
+        interval=0.5,
+    )
+    return pod
 
 
 def kill_operator(cluster: Cluster) -> None:

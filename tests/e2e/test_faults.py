@@ -15,7 +15,7 @@ import pytest
 from tests.cluster import gpus, kwok, settings
 from tests.cluster.client import KubectlError, Manifest
 from tests.e2e import invariants
-from tests.e2e.conftest import Product, condition, quickstart, tiny
+from tests.e2e.conftest import GPU_TAINT, Product, condition, quickstart, tiny
 from tests.e2e.judge import judge
 from tests.e2e.processes import kill, kill_operator, operator_away
 from tests.e2e.troubleshooting import (
@@ -34,7 +34,6 @@ pytestmark = pytest.mark.e2e
 
 JOBS = "qlorajobs.qlora.dev"
 SMALL_GPU = gpus.Product(TINY, 512, "tiny", (7, 5))
-TAINT = {"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}
 #: Of `WAITING`, those that are through with their inspection and wait for a claim.
 NO_CLAIM_TO_WRITE = ("no-work-claim", "no-output-claim")
 RIVALS = ("rival-a", "rival-b")
@@ -52,7 +51,7 @@ def reason(job: Manifest) -> str:
 def all_at_once(product: Product) -> Iterator[None]:
     """Every bad job, and two good ones that want the same place for their results, applied at the same time."""
     fake = kwok.create_nodes(
-        product.cluster, "tiny-gpu", 1, gpus.labels(SMALL_GPU, 8), {gpus.RESOURCE: "8"}, taints=[TAINT]
+        product.cluster, "tiny-gpu", 1, gpus.labels(SMALL_GPU, 8), {gpus.RESOURCE: "8"}, taints=[GPU_TAINT]
     )
     for trouble in (*REFUSED, *WAITING):
         product.apply(tiny(trouble.name, 1, **{"planOnly": True, **trouble.spec}))
@@ -304,7 +303,9 @@ def test_what_waits_goes_on_when_its_cause_is_gone(product: Product, all_at_once
     product.edit("no-image", {"suspend": True})
     product.edit("no-image", {"podTemplate": {"image": product.images.trainer}})
     product.edit("no-image", {"suspend": False})
-    larger = kwok.create_nodes(cluster, "larger-gpu", 1, gpus.labels(gpus.L4, 8), {gpus.RESOURCE: "8"}, taints=[TAINT])
+    larger = kwok.create_nodes(
+        cluster, "larger-gpu", 1, gpus.labels(gpus.L4, 8), {gpus.RESOURCE: "8"}, taints=[GPU_TAINT]
+    )
     try:
         # the claims are new and empty: that is the next thing to be said
         for name, says in (("no-data-claim", "pvc://tickets/train.jsonl"), ("no-model-claim", "pvc://models/base")):

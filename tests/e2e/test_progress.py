@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,12 @@ import pytest
 from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
 from qlora_api.exchange import PROGRESS_AUDIENCE, PROGRESS_URL_ENV
 from tests.cluster import pods
-from tests.e2e.conftest import Product, leader, tiny
+from tests.e2e.conftest import WHOLE_WAY, Product
+from tests.e2e.processes import leader
+from tests.e2e.versions import Versions
 
 pytestmark = pytest.mark.e2e
 
-NAME = "reporting"
 #: Posts a report with the token at argv[3] to argv[1], trusting the PEM in argv[2] alone; prints status and answer.
 POST = """
 import http.client, json, ssl, sys, urllib.parse
@@ -40,7 +40,7 @@ class Training:
     authority: str
 
     def progress(self) -> dict[str, Any]:
-        return self.product.job(NAME)["status"].get("progress", {})
+        return self.product.job(WHOLE_WAY)["status"].get("progress", {})
 
     def wait_for_step(self, after: int, timeout: float) -> int:
         """The step that the status shows, once it is beyond `after`."""
@@ -56,14 +56,11 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def training(product: Product) -> Iterator[Training]:
-    product.apply(tiny(NAME, 5000))
-    product.wait_for(NAME, "Training", timeout=240)
-    (pod,) = product.cluster.wait("its pod", lambda: product.pods(NAME, "train"), bool, 60, product.namespace)
+def training(product: Product, whole_way: Versions) -> Training:
+    (pod,) = product.pods(WHOLE_WAY, "train")
     environment = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
-    order = product.cluster.get("configmap", f"{NAME}-train-1", product.namespace)
-    yield Training(product, environment[PROGRESS_URL_ENV], order["data"]["ca.crt"])
-    product.cluster.delete("qlorajobs.qlora.dev", NAME, product.namespace, wait=False)
+    order = product.cluster.get("configmap", f"{WHOLE_WAY}-train-1", product.namespace)
+    return Training(product, environment[PROGRESS_URL_ENV], order["data"]["ca.crt"])
 
 
 def test_only_the_jobs_own_train_pod_is_believed(training: Training) -> None:
@@ -74,7 +71,7 @@ def test_only_the_jobs_own_train_pod_is_believed(training: Training) -> None:
         {"serviceAccountToken": {"audience": "another", "path": "wrong"}},
     ]
     stranger = pods.restricted("stranger", ["sleep", "600"], image=product.images.trainer)
-    stranger["metadata"]["labels"] |= {"qlora.dev/job": NAME, "qlora.dev/stage": "train"}
+    stranger["metadata"]["labels"] |= {"qlora.dev/job": WHOLE_WAY, "qlora.dev/stage": "train"}
     stranger["spec"]["volumes"] = [{"name": "tokens", "projected": {"sources": tokens}}]
     (container,) = stranger["spec"]["containers"]
     container["volumeMounts"] = [{"name": "tokens", "mountPath": "/tokens", "readOnly": True}]
@@ -82,13 +79,13 @@ def test_only_the_jobs_own_train_pod_is_believed(training: Training) -> None:
     try:
         cluster.kubectl("wait", "pod/stranger", "--for=condition=Ready", "--timeout=120s", namespace=namespace)
 
-        def post(token: str, job: str = NAME) -> tuple[int, str]:
-            url = training.url.replace(f"/qlorajobs/{NAME}/", f"/qlorajobs/{job}/")
+        def post(token: str, job: str = WHOLE_WAY) -> tuple[int, str]:
+            url = training.url.replace(f"/qlorajobs/{WHOLE_WAY}/", f"/qlorajobs/{job}/")
             command = ["exec", "stranger", "--", "python", "-c", POST, url, training.authority, f"/tokens/{token}"]
             status, said = json.loads(cluster.kubectl(*command, namespace=namespace))
             return status, said
 
-        assert post("right") == (403, "the pod stranger does not train reporting\n"), "its labels are forged"
+        assert post("right") == (403, f"the pod stranger does not train {WHOLE_WAY}\n"), "its labels are forged"
         assert post("right", job="no-such-job")[0] == 403
         status, said = post("wrong")
         assert (status, PROGRESS_AUDIENCE in said) == (401, True)
@@ -112,6 +109,6 @@ def test_when_the_leader_goes_the_other_replica_hears_the_reports(training: Trai
     )
     before = training.progress()["step"]
     training.wait_for_step(before + 1, timeout=90)
-    status = product.job(NAME)["status"]
+    status = product.job(WHOLE_WAY)["status"]
     assert [(a["stage"], a["number"]) for a in status["attempts"]] == [("inspect", 1), ("train", 1)]
-    assert len(product.pods(NAME, "train")) == 1
+    assert len(product.pods(WHOLE_WAY, "train")) == 1

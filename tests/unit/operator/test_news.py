@@ -43,6 +43,23 @@ def test_a_job_is_news_when_its_spec_changes_or_it_is_deleted_and_not_when_we_wr
     assert news.hear("QLoRAJob", thing("2", metadata={"generation": 2})) == KEY  # another one of that name
 
 
+def test_of_jobs_that_are_over_only_those_are_news_for_which_something_is_left_to_do() -> None:
+    def first_heard(spec: Raw, generation: int = 1, **status: Any) -> bool:
+        over = {"phase": "Succeeded", "observedGeneration": 1, **status}
+        job = thing("1", metadata={"generation": generation}, spec=spec, status=over)
+        return News().hear("QLoRAJob", job) is not None
+
+    assert not first_heard({}, workVolume={"retained": False})
+    assert not first_heard({"ttlSecondsAfterFinished": 60}, cleanupTime="now")
+    assert first_heard({}, workVolume={"retained": True})
+    assert first_heard({"ttlSecondsAfterFinished": 60})
+    assert first_heard({}, generation=2)
+    assert first_heard({}, phase="Training")
+    news, over = News(), {"phase": "Failed", "observedGeneration": 1}
+    assert news.hear("QLoRAJob", thing("1", metadata={"generation": 1}, spec={}, status=over)) is None
+    assert news.hear("QLoRAJob", thing("1", metadata={"generation": 2}, spec={}, status=over)) == KEY
+
+
 def test_a_stage_is_news_once_it_has_a_verdict_or_is_gone_and_not_when_we_have_created_it() -> None:
     news = News()
     assert news.hear("Job", thing("1")) is None
