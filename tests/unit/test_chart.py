@@ -103,6 +103,8 @@ def test_the_objects_of_an_installation():
         ("ConfigMap", NAMESPACE, RELEASE),
         ("Deployment", NAMESPACE, RELEASE),
         ("ClusterRole", None, f"{NAMESPACE}:{RELEASE}"),
+        ("ClusterRole", None, "qlorajobs-edit"),
+        ("ClusterRole", None, "qlorajobs-view"),
         ("ClusterRoleBinding", None, f"{NAMESPACE}:{RELEASE}"),
         ("Role", NAMESPACE, f"{RELEASE}-replica"),
         ("RoleBinding", NAMESPACE, f"{RELEASE}-replica"),
@@ -223,13 +225,18 @@ def rights(role: Manifest) -> set[Right]:
     return found
 
 
+def is_for_users(role: Manifest) -> bool:
+    """Whether the role becomes a part of the cluster's own ones."""
+    return any(label.startswith("rbac.authorization.k8s.io/aggregate-to-") for label in role["metadata"]["labels"])
+
+
 def granted(values: Values) -> dict[str | None, set[Right]]:
     """What the operator's ServiceAccount may do, by namespace; None is the whole cluster."""
     manifests = rendered(values)
     roles = {
         (m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]): rights(m)
         for m in manifests
-        if m["kind"] in ("ClusterRole", "Role")
+        if m["kind"] in ("ClusterRole", "Role") and not is_for_users(m)
     }
     account = pod(values)["spec"]["serviceAccountName"]
     found: dict[str | None, set[Right]] = {}
@@ -258,6 +265,19 @@ def test_rights_in_named_namespaces_alone():
         "team-a": RIGHTS_WHERE_JOBS_ARE,
         "team-b": RIGHTS_WHERE_JOBS_ARE,
     }
+
+
+def test_users_get_rights_to_jobs_with_the_definition():
+    by_label = {
+        label.rpartition("-")[2]: rights(role)
+        for role in of_kind("ClusterRole")
+        for label in role["metadata"]["labels"]
+        if is_for_users(role) and "aggregate" in label
+    }
+    seeing = {("qlora.dev", "qlorajobs", verb) for verb in ("get", "list", "watch")}
+    running = {("qlora.dev", "qlorajobs", verb) for verb in ["create", "delete", "deletecollection", "patch", "update"]}
+    assert by_label == {"view": seeing, "edit": running}
+    assert not [role for role in of_kind("ClusterRole", {"crds": {"install": False}}) if is_for_users(role)]
 
 
 def test_an_account_of_the_users_own_gets_the_rights_and_is_not_made():

@@ -60,8 +60,18 @@ STORE_SECRET = (
 )
 
 
+#: A field that would be ignored is refused.
+NO_SECRET_FOR_A_CLAIM = Rule(
+    "!has(self.credentialsSecretRef) || !self.uri.startsWith('pvc://')",
+    lambda place: place.credentials_secret_ref is None or not str(place.uri).startswith("pvc://"),
+    "a claim needs no credentialsSecretRef: remove it, or name a store in uri",
+)
+
+
 class ModelSource(SpecPart):
     """The base model."""
+
+    rules = (NO_SECRET_FOR_A_CLAIM,)
 
     uri: Uri = Field(
         description="Where the model lies: hf://owner/name, s3://bucket/path, oci://registry/name or pvc://claim/path "
@@ -76,6 +86,8 @@ class ModelSource(SpecPart):
 
 class DataSource(SpecPart):
     """A file of examples, or a directory of such files."""
+
+    rules = (NO_SECRET_FOR_A_CLAIM,)
 
     uri: Uri = Field(
         description="Where the data lies: hf://owner/name, s3://bucket/path, oci://registry/name or pvc://claim/path "
@@ -461,6 +473,8 @@ class Checkpoint(SpecPart):
 
 class Output(SpecPart):
     """What comes out, and where it goes."""
+
+    rules = (NO_SECRET_FOR_A_CLAIM,)
 
     uri: Uri = Field(
         description="Where the artifacts go, each into a directory of its name: s3://bucket/path, oci://registry/name, "
