@@ -57,13 +57,14 @@ up: $(VENV)/.ready ## Bring the embedded cluster up
 down: $(VENV)/.ready ## Stop the embedded cluster and remove what it left
 	$(PYTHON) -m tests.cluster down
 
-generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics and of the chart's values
+generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics, chart values and sizing errors
 	$(PYTHON) -m qlora_api.schema
 	$(PYTHON) -m qlora_api.reference
 	$(PYTHON) -m charts.monitoring.dashboard
 	$(PYTHON) -m charts.monitoring.page
 	$(PYTHON) -m tests.unit.test_chart
 	$(PYTHON) -m tests.e2e.troubleshooting
+	$(PYTHON) -m tests.unit.operator.test_sizing
 
 format: $(VENV)/.ready ## Format the code
 	$(PYTHON) -m ruff format

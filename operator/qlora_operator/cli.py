@@ -6,9 +6,12 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
+from qlora_operator import estimate
+from qlora_operator.sizing.cases import CasesError, compare
 from qlora_operator.watch import LOST, watch
 
 WATCH = """\
@@ -22,13 +25,23 @@ exit codes:
   130  stopped by Ctrl-C; the job goes on
 """
 
+ESTIMATE = """\
+Predict GPU memory and compare it with what was measured: one line per training, then the median and the worst error.
+Columns of the table: docs/sizing.md.
+
+exit codes:
+  0    predicted
+  2    the table or a model's shape cannot be read; the message names the line
+"""
+BAD_INPUT = 2
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     parser = argparse.ArgumentParser(
         prog="kubectl qlora", description="Commands for QLoRA fine-tune jobs (qlorajobs.qlora.dev)."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     watcher = commands.add_parser(
         "watch",
         help="follow a job until it has ended",
@@ -39,8 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watcher.add_argument("-n", "--namespace", help="its namespace (default: that of kubectl's context)")
     watcher.add_argument("--context", help="the context to use, as with kubectl")
     watcher.add_argument("--kubeconfig", metavar="FILE", help="the kubeconfig file to use, as with kubectl")
+    estimator = commands.add_parser(
+        "estimate",
+        help="predict GPU memory",
+        description=ESTIMATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    estimator.add_argument("--cases", metavar="FILE.csv", type=Path, required=True, help="trainings that were measured")
+    estimator.add_argument("--models", metavar="DIR", type=Path, required=True, help="their config.json, by name")
+    estimator.add_argument("-o", "--output", choices=["json"], help="for machines, instead of a table")
     chosen = parser.parse_args(arguments)
 
+    if chosen.command == "estimate":
+        return _estimate(chosen)
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         sys.stderr.write("kubectl is not on the PATH: install it, https://kubernetes.io/docs/tasks/tools\n")
@@ -48,6 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = ("namespace", "context", "kubeconfig")
     passed_on = [f"--{option}={value}" for option in options if (value := getattr(chosen, option))]
     return watch([kubectl, *passed_on], chosen.name, Console(highlight=False))
+
+
+def _estimate(chosen: argparse.Namespace) -> int:
+    try:
+        compared = compare(chosen.cases, chosen.models)
+    except CasesError as error:
+        sys.stderr.write(f"{error}\n")
+        return BAD_INPUT
+    if chosen.output == "json":
+        sys.stdout.write(estimate.as_json(compared) + "\n")
+    else:
+        estimate.show(compared, Console(highlight=False, width=None if sys.stdout.isatty() else estimate.WIDTH))
+    return 0
 
 
 if __name__ == "__main__":

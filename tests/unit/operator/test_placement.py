@@ -170,7 +170,7 @@ def test_a_soft_taint_keeps_nobody_away() -> None:
 # --- the choice ---
 
 ROOMY = {"hardware.headroomPercent": 40}
-LONG = inspection("meta-llama/Llama-2-7b-hf", max_length=16384)
+LONG = inspection("meta-llama/Llama-2-7b-hf", max_length=32768)
 SHORT = inspection("meta-llama/Llama-2-7b-hf", max_length=512)
 CHOICES: list[Any] = [
     # model, edits → product, method, micro-batch
@@ -189,8 +189,8 @@ CHOICES: list[Any] = [
     pytest.param(
         SHORT,
         {"hardware.gpuProducts": [SLICE]},
-        (SLICE, "qlora", 4),
-        id="QLoRA where LoRA fits nowhere, with 2k tokens at a time",
+        (SLICE, "qlora", 8),
+        id="QLoRA where LoRA fits nowhere",
     ),
 ]
 

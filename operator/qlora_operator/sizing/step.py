@@ -1,0 +1,243 @@
+"""A training as the memory it allocates, in order: loading, and steps of forward, loss, backward and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qlora_operator.sizing.layers import ATTENTION, Layers
+from qlora_operator.sizing.tensors import Into, Storage, Tape, Trace
+from qlora_operator.sizing.training import Linear, Training
+
+MIB = 1024**2
+#: cuBLAS' workspace, one for the forward thread and one for autograd's (torch's default :4096:2:16:8).
+WORKSPACE_BYTES = int(8.125 * MIB)
+#: Tokens and words of the vocabulary per tile of a fused head and loss (TRL 1.16).
+TILE_ROWS, TILE_COLUMNS = 4096, 32768
+
+WEIGHTS = "base weights"
+SCALES = "quantisation scales"
+EMBEDDINGS = "embeddings, head and norms"
+ADAPTER = "adapter weights"
+GRADIENTS = "adapter gradients"
+OPTIMIZER = "optimizer state"
+UPDATES = "optimizer step"
+CHECKPOINTS = "activation checkpoints"
+LOGITS = "logits and loss"
+WORKSPACE = "workspaces"
+GATHERED = "gathered weights"
+LOADING = "loading"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was held in one part of a step, and what it was."""
+
+    bytes: int
+    items: dict[str, int]
+
+
+class Rank:
+    """The memory of one rank: what stays resident, and `step` to walk through one micro-batch."""
+
+    def __init__(self, training: Training, trace: Trace) -> None:
+        self.training, self.trace = training, trace
+        self.layers = Layers(training, trace)
+        self.rows = training.tokens * training.decoder.hidden_size
+        self._workspaces = [trace.new(WORKSPACE_BYTES, WORKSPACE) for _ in range(2)]
+        self._weights = self._load()
+        self._adapters = [
+            trace.new(-(-weights * training.adapter_bytes // training.gpus), ADAPTER)
+            for _ in range(training.decoder.layers)
+            for linear in training.decoder.linears
+            for weights in training.adapter_weights(linear)
+        ]
+        self._state: list[Storage] = []
+
+    # --- loading ---
+
+    def _load(self) -> list[Storage]:
+        """The frozen base, weight after weight.
+
+        transformers allocates the size of the whole at first and gives it back (caching_allocator_warmup).
+        """
+        training, decoder, trace = self.training, self.training.decoder, self.trace
+        share = training.gpus
+        at_first = 1 if training.loads_whole else share
+        compute, quantised = training.compute_bytes, training.method == "qlora"
+        other = [decoder.embedding_weights, *[decoder.other_weights] * decoder.layers, decoder.hidden_size]
+        if not decoder.tied_embeddings:
+            other.append(decoder.embedding_weights)
+        if quantised and share == 1:
+            linear = decoder.layers * sum(linear.copies * linear.weights for linear in decoder.linears)
+            trace.new(linear // 2 + sum(other) * compute, LOADING)
+        weights, unquantised = [], [trace.new(other[0] * compute // share, EMBEDDINGS)]
+        for size in other[1 : decoder.layers + 1]:
+            for linear in decoder.linears:
+                if quantised:
+                    whole = trace.new(linear.weights * compute, LOADING)
+                    weights.append(trace.new(linear.copies * linear.weights // 2 // at_first, WEIGHTS))
+                    weights += [trace.new(linear.copies * scale, SCALES) for scale in self.scale_bytes(linear)]
+                    del whole
+                else:
+                    weights.append(trace.new(linear.copies * linear.weights * compute // share, WEIGHTS))
+            unquantised.append(trace.new(size * compute // share, EMBEDDINGS))
+        unquantised += [trace.new(size * compute // share, EMBEDDINGS) for size in other[decoder.layers + 1 :]]
+        if training.stream_bytes != compute:  # PEFT's k-bit preparation replaces them one by one
+            for index, size in enumerate(other):
+                unquantised[index] = trace.new(size * training.stream_bytes // share, EMBEDDINGS)
+        if quantised and at_first != share:
+            for index, storage in enumerate(weights):
+                if storage.purpose == WEIGHTS:
+                    weights[index] = trace.new(storage.bytes // share, WEIGHTS)
+        return [*weights, *unquantised]
+
+    def scale_bytes(self, linear: Linear) -> tuple[int, ...]:
+        """Bytes of the 4-bit scale factors of one layer, whole on every rank.
+
+        One fp32 per 64 weights (0.0625 B/weight); double quantisation stores them as 8-bit with one fp32 per 256 of
+        them (0.0159 B/weight). QLoRA, Dettmers et al. 2023, section 3. The table of the 16 values is the third.
+        """
+        blocks = -(-linear.weights // 64)
+        if self.training.double_quant:
+            return blocks, 4 * -(-blocks // 256), 64
+        return 4 * blocks, 64
+
+    def step(self, marks: dict[str, Peak] | None = None) -> None:
+        """One micro-batch forward and backward, and the optimizer's step; the peak of each part goes into `marks`."""
+        training, decoder, trace = self.training, self.training.decoder, self.trace
+        gradients = self._accumulated()
+        held = len(gradients)
+        rows, stream = self.rows, training.stream_bytes
+
+        def mark(part: str) -> None:
+            if marks is not None:
+                marks[part] = Peak(trace.peak_bytes, trace.at_peak)
+                trace.watch_from_here()
+
+        trace.watch_from_here()
+        mask = self._mask()
+        whole = self._gathered_root()
+        tables = trace.new(2 * training.max_length * decoder.head_dim * stream, ATTENTION)
+        x = trace.new(rows * stream, CHECKPOINTS)
+        checkpoints, tapes = [], []
+        for _ in range(decoder.layers):
+            gathered = self._gathered_layers()
+            tape = Tape(trace, recording=not training.gradient_checkpointing, gradients=gradients)
+            if training.gradient_checkpointing:
+                checkpoints.append(x)
+            start = tape.tensor(x, rows, stream)
+            del x
+            out = self.layers.layer(tape, start, mask)
+            tapes.append((tape, start.key, out.key))
+            x = out.storage
+            if training.gradient_checkpointing:
+                x.hold_as(CHECKPOINTS)
+            del out, start, gathered
+        last_output = [x]  # handed over: the loss lets go of it as soon as its norm has
+        del x
+        kept, gradient = self._loss(last_output, mark)
+        for number in reversed(range(decoder.layers)):
+            gathered = self._gathered_layers()
+            tape, first, last = tapes.pop()
+            if training.gradient_checkpointing:
+                tape = Tape(trace, gradients=gradients)
+                start = tape.tensor(checkpoints.pop(), rows, stream)
+                out = self.layers.layer(tape, start, mask)
+                first, last = start.key, out.key
+                del out
+            else:
+                start = None
+            flowing = {last: gradient}
+            del gradient
+            tape.backward(flowing)
+            gradient = flowing.pop(first)
+            del flowing, gathered, start
+            if training.accumulates:
+                del gradients[held:]  # added to those that are there
+            elif training.gpus > 1:
+                self._reduce_scattered(gradients)
+            if number in (decoder.layers - 1, 0):
+                mark("loss and backward of the last layer" if number else "backward of the first layer")
+        del gradient, kept, mask, whole, tables
+        if not self._state:
+            state_per_byte = training.state_bytes / training.adapter_bytes
+            self._state = [trace.new(int(adapter.bytes * state_per_byte), OPTIMIZER) for adapter in self._adapters]
+        per_byte = training.update_bytes / training.adapter_bytes
+        updates = [trace.new(int(adapter.bytes * per_byte), UPDATES) for adapter in self._adapters]
+        del updates
+        mark("optimizer")
+
+    def _accumulated(self) -> list[Storage]:
+        """The gradients of the micro-batches before this one."""
+        if not self.training.accumulates:
+            return []
+        return [self.trace.new(adapter.bytes, GRADIENTS) for adapter in self._adapters]
+
+    def _mask(self) -> Storage | None:
+        training = self.training
+        if training.attention != "eager" and not training.masked:
+            return None
+        itemsize = training.stream_bytes if training.attention == "eager" else 1
+        return self.trace.new(training.micro_batch_size * training.max_length**2 * itemsize, ATTENTION)
+
+    def _gathered_root(self) -> list[Storage]:
+        """Under FSDP, embedding and head, whole during forward and backward."""
+        decoder = self.training.decoder
+        if self.training.gpus == 1:
+            return []
+        size = decoder.embedding_weights * self.training.stream_bytes
+        return [self.trace.new(size, GATHERED, stream=1) for _ in range(1 if decoder.tied_embeddings else 2)]
+
+    def _gathered_layers(self) -> list[Storage]:
+        """Under FSDP, the layer at work and the one that is fetched meanwhile, whole."""
+        training, decoder = self.training, self.training.decoder
+        if training.gpus == 1:
+            return []
+        bits = 4 if training.method == "qlora" else 8 * training.compute_bytes
+        linear = sum(linear.copies * linear.weights for linear in decoder.linears) * bits // 8
+        adapter = sum(sum(training.adapter_weights(linear)) for linear in decoder.linears) * training.adapter_bytes
+        other = decoder.other_weights * training.stream_bytes
+        return [self.trace.new(linear + adapter + other, GATHERED, stream=1) for _ in range(2)]
+
+    def _reduce_scattered(self, gradients: list[Storage]) -> None:
+        """Leave this rank's share of the layer's gradients, which come whole out of its backward."""
+        of_one_layer = len(self._adapters) // self.training.decoder.layers
+        for index in range(len(gradients) - of_one_layer, len(gradients)):
+            gradients[index] = self.trace.new(gradients[index].bytes // self.training.gpus, GRADIENTS)
+
+    def _loss(self, last_output: list[Storage], mark: Callable[[str], None]) -> tuple[Storage | None, Storage]:
+        """Last norm, head and cross-entropy, forwards and backwards; the gradient of the last layer's output."""
+        training, decoder, trace = self.training, self.training.decoder, self.trace
+        tape = Tape(trace)
+        start = tape.tensor(last_output.pop(), self.rows, training.stream_bytes)
+        first = start.key
+        hidden = self.layers.norm(tape, start)
+        del start
+        if training.autocast:
+            hidden = self.layers.cast(tape, hidden, training.compute_bytes, LOGITS)
+        if training.fused_loss:
+            tile = trace.new(min(training.tokens, TILE_ROWS) * min(decoder.vocab_size, TILE_COLUMNS) * 4, LOGITS)
+            gradients = {hidden.key: trace.new(hidden.elements * 4, LOGITS)}  # added up in fp32
+            del hidden, tile
+            mark("forward")
+            tape.backward(gradients)
+            return None, gradients.pop(first)
+        elements = training.tokens * decoder.vocab_size
+        unpacked = decoder.embedding_weights * training.compute_bytes if hidden.itemsize != training.stream_bytes else 0
+        head = trace.new(unpacked, LOGITS) if unpacked else None
+        logits = tape.op(LOGITS, elements, hidden.itemsize, [Into(hidden.key, hidden.elements * hidden.itemsize)])
+        del hidden
+        kept = logits.storage if training.keeps_logits else None
+        wide = self.layers.cast(tape, logits, 4, LOGITS)
+        last = wide.key
+        del logits
+        probabilities = trace.new(4 * elements, LOGITS)  # log_softmax, which its backward needs
+        del wide
+        mark("forward")
+        chosen = trace.new(4 * elements, LOGITS)  # the gradient of the chosen tokens' probabilities
+        gradients = {last: trace.new(4 * elements, LOGITS)}
+        del chosen, probabilities
+        tape.backward(gradients)
+        del head
+        return kept, gradients.pop(first)
