@@ -124,12 +124,13 @@ def test_an_api_server_that_refuses_one_call_in_three(scene: Scene) -> None:
     assert "again in" in scene.log.read_text(), "it backed off"
 
 
-def test_an_api_server_that_is_away(scene: Scene) -> None:
-    before = scene.apply("before", 2)
+@pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.soak)])
+def test_an_api_server_that_is_away(scene: Scene, seconds: int) -> None:
+    before = scene.apply(f"before-{seconds}", 2)
     scene.settle(before)
     scene.api.away = True
-    meanwhile = scene.apply("meanwhile", 3)
-    time.sleep(15)
+    meanwhile = scene.apply(f"meanwhile-{seconds}", 3)
+    time.sleep(seconds)
     scene.api.away = False
     scene.settle(before + meanwhile)
 
