@@ -103,7 +103,9 @@ def test_the_items_add_up_and_none_is_negative(shape: ModelShape, fields: dict[s
 @settings(deadline=None, max_examples=40)
 @for_all(SHAPE, RECIPES, st.integers(1, 64), st.integers(2, 4))
 def test_more_of_anything_never_takes_less(shape: ModelShape, fields: dict[str, Any], size: int, times: int) -> None:
-    recipe = given.recipe(**fields)
+    recipe = given.recipe(
+        **fields, effective_batch_size=1024
+    )  # a last micro-batch that is the first needs no gradients
     base = total(shape, recipe, size)
     assert total(shape, recipe, size * times) >= base  # equal where the optimizer's own step is the peak
     assert total(shape, recipe.model_copy(update={"rank": recipe.rank * times}), size) > base
@@ -120,7 +122,7 @@ def test_what_saves_memory_saves_it(shape: ModelShape, fields: dict[str, Any], s
     assert but(optimizer="paged_adamw_8bit") < but(optimizer="adamw_torch")
     assert but(method="qlora", double_quant=True) < but(method="qlora", double_quant=False)
     if fields["max_length"] >= 512:  # a short sequence has few scores, fewer than the fused kernel keeps beside them
-        assert but(attention="sdpa") < but(attention="eager")
+        assert but(attention="sdpa") <= but(attention="eager")
     fewer = total(shape, given.recipe(**fields | {"target_modules": ["q_proj", "v_proj"]}), size)
     assert fewer < but()
 
