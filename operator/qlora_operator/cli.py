@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_operator import estimate
-from qlora_operator.sizing.cases import CasesError, compare
+from qlora_operator.sizing.cases import compare
+from qlora_operator.sizing.catalogue import shape_of_model
 from qlora_operator.watch import LOST, watch
 
 WATCH = """\
@@ -26,12 +27,16 @@ exit codes:
 """
 
 ESTIMATE = """\
-Predict GPU memory and compare it with what was measured: one line per training, then the median and the worst error.
-Columns of the table: docs/sizing.md.
+Predict GPU memory, with no cluster and no network.
+
+With MODEL, what the default recipe takes on one GPU, item by item, for LoRA and for QLoRA. MODEL is one of the
+catalogue (meta-llama/Llama-3.1-8B) or the path of a config.json.
+With --cases, the prediction beside trainings that were measured: one line each, then the median and the worst error.
+The columns of that table: docs/sizing.md.
 
 exit codes:
   0    predicted
-  2    the table or a model's shape cannot be read; the message names the line
+  2    the model is not known, or the table cannot be read; the message says what to give
 """
 BAD_INPUT = 2
 
@@ -58,12 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=ESTIMATE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    estimator.add_argument("--cases", metavar="FILE.csv", type=Path, required=True, help="trainings that were measured")
-    estimator.add_argument("--models", metavar="DIR", type=Path, required=True, help="their config.json, by name")
+    estimator.add_argument("model", metavar="MODEL", nargs="?", help="a model of the catalogue, or a config.json")
+    estimator.add_argument("--seq-len", type=_count, default=4096, help="tokens per sequence (default: 4096)")
+    estimator.add_argument("--micro-batch", type=_count, default=1, help="sequences at a time (default: 1)")
+    estimator.add_argument("--rank", type=_count, default=16, help="of the adapter (default: 16)")
+    estimator.add_argument("--method", choices=["lora", "qlora"], help="one of both alone")
+    estimator.add_argument("--cases", metavar="FILE.csv", type=Path, help="trainings that were measured")
+    estimator.add_argument("--models", metavar="DIR", type=Path, help="with --cases: their config.json, by name")
     estimator.add_argument("-o", "--output", choices=["json"], help="for machines, instead of a table")
     chosen = parser.parse_args(arguments)
 
     if chosen.command == "estimate":
+        if bool(chosen.model) == bool(chosen.cases) or bool(chosen.cases) != bool(chosen.models):
+            estimator.error("give either MODEL, or --cases with --models")
         return _estimate(chosen)
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -75,16 +87,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _estimate(chosen: argparse.Namespace) -> int:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else estimate.WIDTH)
+    for_machines = chosen.output == "json"
     try:
-        compared = compare(chosen.cases, chosen.models)
-    except CasesError as error:
+        if chosen.cases:
+            compared = compare(chosen.cases, chosen.models)
+            if for_machines:
+                sys.stdout.write(estimate.as_json(compared) + "\n")
+            else:
+                estimate.show(compared, console)
+            return 0
+        shape = shape_of_model(chosen.model)
+        size = chosen.micro_batch
+        found = estimate.estimates(
+            shape, max_length=chosen.seq_len, micro_batch_size=size, rank=chosen.rank, method=chosen.method
+        )
+    except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return BAD_INPUT
-    if chosen.output == "json":
-        sys.stdout.write(estimate.as_json(compared) + "\n")
+    if for_machines:
+        sys.stdout.write(estimate.estimates_as_json(chosen.model, shape, found, size) + "\n")
     else:
-        estimate.show(compared, Console(highlight=False, width=None if sys.stdout.isatty() else estimate.WIDTH))
+        estimate.show_estimates(found, console)
     return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 if __name__ == "__main__":

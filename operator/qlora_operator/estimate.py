@@ -3,15 +3,88 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
+from qlora_api.exchange import ModelShape, Recipe
+from qlora_api.v1alpha1 import JobSpec, Method
+from qlora_operator.placement.choice import with_headroom
+from qlora_operator.planner import Unfit, recipes
 from qlora_operator.sizing.cases import Compared, median_abs_error, worst_abs_error
-from qlora_operator.sizing.memory import GIB
+from qlora_operator.sizing.memory import GIB, Memory, training_memory
 
 #: Columns of the table where there is no terminal to ask.
 WIDTH = 140
+#: Characters of a bar that stands for all of the memory.
+BAR = 60
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one method of training takes on one GPU."""
+
+    recipe: Recipe
+    memory: Memory
+
+
+def estimates(
+    shape: ModelShape, *, max_length: int, micro_batch_size: int, rank: int, method: Method | None
+) -> list[Estimate]:
+    """The default recipe's memory with each method, or with the one that is asked for.
+
+    Raises ValueError for a sequence that is longer than the model takes.
+    """
+    spec = JobSpec.model_validate(
+        {
+            "model": {"uri": "hf://owner/name"},
+            "dataset": {"train": [{"uri": "hf://owner/name"}]},
+            "output": {"uri": "pvc://claim/path"},
+            "lora": {"rank": rank},
+            **({"method": method} if method else {}),
+        }
+    )
+    found = recipes(spec, shape, max_length=max_length, loss="all")
+    if isinstance(found, Unfit):
+        raise ValueError(found.message)
+    return [Estimate(recipe, training_memory(shape, recipe, micro_batch_size=micro_batch_size)) for recipe in found]
+
+
+def show_estimates(found: list[Estimate], console: Console, *, headroom_percent: int = 15) -> None:
+    """What fills the memory, item by item with a bar, and what a GPU must have."""
+    for estimate in found:
+        total = estimate.memory.total_bytes
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(no_wrap=True)
+        for item in sorted(estimate.memory.items, key=lambda item: -item.bytes):
+            table.add_row(item.name, f"{item.bytes / GIB:.2f}", "█" * round(BAR * item.bytes / total))
+        console.print(f"{estimate.recipe.method}: {total / GIB:.1f} GiB on one GPU")
+        console.print(table)
+        need = with_headroom(total, headroom_percent) / GIB
+        console.print(f"needs a GPU of {need:.1f} GiB with {headroom_percent} % headroom\n")
+
+
+def estimates_as_json(model: str, shape: ModelShape, found: list[Estimate], micro_batch_size: int) -> str:
+    """The same for machines; bytes."""
+    document = {
+        "model": model,
+        "parameters": shape.parameters,
+        "maxLength": found[0].recipe.max_length,
+        "microBatchSize": micro_batch_size,
+        "rank": found[0].recipe.rank,
+        "methods": [
+            {
+                "method": estimate.recipe.method,
+                "totalBytes": estimate.memory.total_bytes,
+                "items": [{"name": item.name, "bytes": item.bytes} for item in estimate.memory.items],
+            }
+            for estimate in found
+        ],
+    }
+    return json.dumps(document, indent=2)
 
 
 def as_json(compared: list[Compared]) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_api.exchange import Inspection, Recipe
-from qlora_api.v1alpha1 import JobSpec, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
+from qlora_api.exchange import Inspection, ModelShape, Recipe
+from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
 from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
 from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
 from qlora_operator.sizing.memory import DTYPE_BYTES, GIB, Memory, lora_parameters, training_memory
@@ -38,7 +38,9 @@ def plan(
     `tolerations` are the installation's, besides the job's own. `keep` is the recipe of a training that has begun: its
     checkpoints are bound to it, so only the place may change.
     """
-    candidates = [keep] if keep else recipes(spec, inspection)
+    candidates = (
+        [keep] if keep else recipes(spec, inspection.shape, max_length=inspection.max_length, loss=inspection.loss)
+    )
     if isinstance(candidates, Unfit):
         return candidates
     on_cpu = spec.hardware.accelerator == CPU
@@ -79,9 +81,9 @@ _CURE = "Add such a node, or suspend the job, change spec.hardware and resume"
 GPU_TOLERATION: dict[str, Any] = {"key": "nvidia.com/gpu", "operator": "Exists"}
 
 
-def recipes(spec: JobSpec, inspection: Inspection) -> list[Recipe] | Unfit:
-    """The recipes that the spec allows, the preferred one first: LoRA where it fits, else QLoRA."""
-    known = [m.name for m in inspection.shape.linear]
+def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) -> list[Recipe] | Unfit:
+    """The recipes that the spec allows for a model, the preferred one first: LoRA where it fits, else QLoRA."""
+    known = [m.name for m in shape.linear]
     targets = list(spec.lora.target_modules or known)
     if unknown := sorted(set(targets) - set(known)):
         return Unfit(
@@ -89,10 +91,10 @@ def recipes(spec: JobSpec, inspection: Inspection) -> list[Recipe] | Unfit:
             f"spec.lora.targetModules: the model has no linear layer {', '.join(unknown)}; it has {', '.join(known)}",
             final=True,
         )
-    if inspection.max_length > inspection.shape.max_position:
+    if max_length > shape.max_position:
         return Unfit(
             "SequenceTooLong",
-            f"spec.dataset.maxLength: {inspection.max_length} tokens, the model takes {inspection.shape.max_position}",
+            f"spec.dataset.maxLength: {max_length} tokens, the model takes {shape.max_position}",
             final=True,
         )
     methods: list[Method] = [spec.method] if spec.method else ["lora", "qlora"]
@@ -111,9 +113,9 @@ def recipes(spec: JobSpec, inspection: Inspection) -> list[Recipe] | Unfit:
             dropout=spec.lora.dropout,
             target_modules=sorted(targets),
             rslora=spec.lora.rslora,
-            max_length=inspection.max_length,
+            max_length=max_length,
             packing=spec.dataset.packing,
-            loss=inspection.loss,
+            loss=loss,
             epochs=DEFAULT_EPOCHS if neither else training.epochs,
             max_steps=training.max_steps,
             learning_rate=training.learning_rate,
