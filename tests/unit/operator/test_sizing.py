@@ -91,7 +91,7 @@ def total(shape: ModelShape, recipe: Recipe, size: int, *, gpu: bool = True) -> 
     return training_memory(shape, recipe, micro_batch_size=size, gpu=gpu).total_bytes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @for_all(SHAPE, RECIPES, st.integers(1, 64), st.booleans())
 def test_the_items_add_up_and_none_is_negative(shape: ModelShape, fields: dict[str, Any], size: int, gpu: bool) -> None:
     memory = training_memory(shape, given.recipe(**fields), micro_batch_size=size, gpu=gpu)
@@ -100,7 +100,7 @@ def test_the_items_add_up_and_none_is_negative(shape: ModelShape, fields: dict[s
     assert len({item.name for item in memory.items}) == len(memory.items)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @for_all(SHAPE, RECIPES, st.integers(1, 64), st.integers(2, 4))
 def test_more_of_anything_never_takes_less(shape: ModelShape, fields: dict[str, Any], size: int, times: int) -> None:
     recipe = given.recipe(
@@ -112,7 +112,7 @@ def test_more_of_anything_never_takes_less(shape: ModelShape, fields: dict[str, 
     assert total(shape, recipe.model_copy(update={"max_length": recipe.max_length * times}), size) >= base
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @for_all(SHAPE, RECIPES, st.integers(1, 16))
 def test_what_saves_memory_saves_it(shape: ModelShape, fields: dict[str, Any], size: int) -> None:
     def but(**changes: Any) -> int:
