@@ -27,6 +27,12 @@ class Estimate:
 
     recipe: Recipe
     memory: Memory
+    headroom_percent: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """What a GPU must have for it."""
+        return with_headroom(self.memory.total_bytes, self.headroom_percent)
 
 
 def estimates(
@@ -48,10 +54,14 @@ def estimates(
     found = recipes(spec, shape, max_length=max_length, loss="all")
     if isinstance(found, Unfit):
         raise ValueError(found.message)
-    return [Estimate(recipe, training_memory(shape, recipe, micro_batch_size=micro_batch_size)) for recipe in found]
+    headroom = spec.hardware.headroom_percent
+    return [
+        Estimate(recipe, training_memory(shape, recipe, micro_batch_size=micro_batch_size), headroom)
+        for recipe in found
+    ]
 
 
-def show_estimates(found: list[Estimate], console: Console, *, headroom_percent: int = 15) -> None:
+def show_estimates(found: list[Estimate], console: Console) -> None:
     """What fills the memory, item by item with a bar, and what a GPU must have."""
     for estimate in found:
         total = estimate.memory.total_bytes
@@ -63,8 +73,8 @@ def show_estimates(found: list[Estimate], console: Console, *, headroom_percent:
             table.add_row(item.name, f"{item.bytes / GIB:.2f}", "█" * round(BAR * item.bytes / total))
         console.print(f"{estimate.recipe.method}: {total / GIB:.1f} GiB on one GPU")
         console.print(table)
-        need = with_headroom(total, headroom_percent) / GIB
-        console.print(f"needs a GPU of {need:.1f} GiB with {headroom_percent} % headroom\n")
+        need = estimate.needed_bytes / GIB
+        console.print(f"needs a GPU of {need:.1f} GiB with {estimate.headroom_percent} % headroom\n")
 
 
 def estimates_as_json(model: str, shape: ModelShape, found: list[Estimate], micro_batch_size: int) -> str:

@@ -10,7 +10,8 @@ from qlora_api.exchange import Inspection, ModelShape, Recipe
 from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
 from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
 from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
-from qlora_operator.sizing.memory import DTYPE_BYTES, GIB, Memory, lora_parameters, training_memory
+from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
+from qlora_operator.sizing.training import DTYPE_BYTES
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_operator.sizing.allocator import peak_reserved_bytes
-from qlora_operator.sizing.config import shape_of_config
-from qlora_operator.sizing.memory import CUDA_CONTEXT_BYTES, GIB, OPTIMIZER_BYTES, peak_of
-from qlora_operator.sizing.step import Rank
-from qlora_operator.sizing.tensors import Trace
+from qlora_operator.sizing.config import read_shape
+from qlora_operator.sizing.memory import CUDA_CONTEXT_BYTES, GIB, OPTIMIZER_BYTES, peak_of, reserved_bytes
 from qlora_operator.sizing.training import DTYPE_BYTES, Training, decoder_of
 
 #: What is adapted, by the words of the table.
@@ -111,16 +106,6 @@ def predicted_bytes(case: Case, models: Path) -> int:
     return reserved_bytes(training) + (CUDA_CONTEXT_BYTES if measure == "process" else 0)
 
 
-@lru_cache(maxsize=1024)
-def reserved_bytes(training: Training) -> int:
-    """What PyTorch's allocator, as it comes, has reserved after two steps; all layers walked, for where blocks land."""
-    trace = Trace()
-    rank = Rank(training, trace)
-    rank.step()  # the state of the optimizer is made at the end of the first
-    rank.step()
-    return peak_reserved_bytes(trace.events)
-
-
 def training_of(case: Case, models: Path) -> Training:
     """The case as a training of the trainers that such figures are measured with.
 
@@ -130,13 +115,11 @@ def training_of(case: Case, models: Path) -> Training:
     """
     path = models / f"{case.model.replace('/', '--')}.json"
     try:
-        shape = shape_of_config(json.loads(path.read_text(encoding="utf-8")))
+        shape = read_shape(path)
     except OSError as error:
         raise ValueError(f"model: no shape of {case.model}: put its config.json at {path}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model: {path} is not JSON: {error}") from error
     except ValueError as error:
-        raise ValueError(f"model: {path}: {error}") from error
+        raise ValueError(f"model: {error}") from error
     decoder = decoder_of(shape)
     compute = DTYPE_BYTES[case.compute_dtype]
     adapter_bytes, state_bytes = _adapter_and_state(case.optimizer, compute)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qlora_api.exchange import ModelShape
-from qlora_operator.sizing.config import shape_of_config
+from qlora_operator.sizing.config import read_shape, shape_of_config
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def shape_of_model(name: str) -> ModelShape:
         path = path / "config.json"
     if path.suffix == ".json":
         try:
-            return shape_of_config(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            return read_shape(path)
+        except OSError as error:
             raise ValueError(f"{path}: {error}") from error
     names = {full.lower(): model for full, model in catalogue().items()}
     names |= {full.rsplit("/", 1)[1]: model for full, model in names.items()}

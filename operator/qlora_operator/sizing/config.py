@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from qlora_api.exchange import LinearModule, ModelShape
 
 #: Families with q, k, v, o and gate, up, down projections, and whether q, k and v have biases.
 _LLAMA_LIKE = {"llama": False, "mistral": False, "qwen2": True}
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape of the model whose config.json is at `path`.
+
+    Raises OSError when it cannot be read, ValueError, naming it, when it is not JSON or no such model's.
+    """
+    try:
+        return shape_of_config(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def shape_of_config(config: object) -> ModelShape:

@@ -66,12 +66,7 @@ class Layers:
         del up
         if not training.autocast and training.method == "qlora":
             scaled = self.cast(tape, scaled, itemsize, purpose)
-        wide = max(itemsize, scaled.itemsize)
-        into_both = [
-            Into(part.key, None if part.itemsize == wide else part.elements * part.itemsize)
-            for part in (result, scaled)
-        ]
-        total = tape.op(purpose, result.elements, wide, into_both)
+        total = self._added(tape, result, scaled, purpose)
         del result, scaled
         return total if training.autocast else self.cast(tape, total, itemsize, purpose)
 
@@ -146,7 +141,7 @@ class Layers:
             q = self._copied(tape, q)
         if copied and not shared:
             k = self._copied(tape, k)
-        scores = training.micro_batch_size * training.decoder.heads * training.max_length**2
+        scores = training.decoder.heads * training.pairs
         size, rows = scores * itemsize, q.elements * itemsize
         raw = tape.op(ATTENTION, scores, itemsize, [Into(k.key, rows), Into(q.key, rows)], saves=[q, k])
         del q, k
@@ -186,8 +181,8 @@ class Layers:
         ]
         saves = [*parts, kept]
         if mask:  # made of the mask for each layer: 0 or -inf per pair of tokens
-            pairs = training.micro_batch_size * training.max_length**2
-            saves.append(tape.tensor(self.trace.new(pairs * q.itemsize, ATTENTION), pairs, q.itemsize))
+            bias = self.trace.new(training.pairs * q.itemsize, ATTENTION)
+            saves.append(tape.tensor(bias, training.pairs, q.itemsize))
         return tape.op(ATTENTION, q.elements, q.itemsize, into, saves=saves, saves_output=True)
 
     def _mlp(self, tape: Tape, x: Tensor) -> Tensor:
@@ -221,17 +216,17 @@ class Layers:
             del y
         return x
 
-    def _added(self, tape: Tape, x: Tensor, y: Tensor) -> Tensor:
+    def _added(self, tape: Tape, x: Tensor, y: Tensor, purpose: str) -> Tensor:
         wide = max(x.itemsize, y.itemsize)
         into = [Into(part.key, None if part.itemsize == wide else part.elements * part.itemsize) for part in (x, y)]
-        return tape.op(NORM, x.elements, wide, into)
+        return tape.op(purpose, x.elements, wide, into)
 
     def layer(self, tape: Tape, x: Tensor, mask: Storage | None) -> Tensor:
         residual = x
         x = self.norm(tape, x)
         x, _scores = self._attention(tape, x, mask)  # the layer has the scores in hand until it ends
-        x = self._added(tape, residual, x)
+        x = self._added(tape, residual, x, NORM)
         residual = x
         x = self.norm(tape, x)
         x = self._mlp(tape, x)
-        return self._added(tape, residual, x)
+        return self._added(tape, residual, x, NORM)

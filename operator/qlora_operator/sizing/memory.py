@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Literal
 
 from qlora_api.exchange import ModelShape, Recipe
+from qlora_operator.sizing.allocator import peak_reserved_bytes
 from qlora_operator.sizing.step import Peak, Rank
 from qlora_operator.sizing.tensors import Trace
 from qlora_operator.sizing.training import DTYPE_BYTES, Decoder, Training, decoder_of, with_layers
@@ -117,12 +118,25 @@ def peak_of(training: Training) -> Peak:
 
 
 def walked(training: Training) -> dict[str, Peak]:
-    """The peak of each part of a step, after a first step that made the optimizer's state."""
+    """The peak of each part of a step that finds the optimizer's state made."""
     rank = Rank(training, Trace())
-    rank.step()
+    rank.make_optimizer_state()
     peaks: dict[str, Peak] = {}
     rank.step(peaks)
     return peaks
+
+
+@lru_cache(maxsize=1024)
+def reserved_bytes(training: Training, *, expandable: bool = False) -> int:
+    """What PyTorch's allocator has reserved after two steps; all layers are walked, for where blocks land decides.
+
+    `expandable`: with expandable segments, as our trainer has it; else the allocator as it comes.
+    """
+    trace = Trace()
+    rank = Rank(training, trace)
+    rank.step()  # the optimizer's state is made at its end, among the blocks that are there by then
+    rank.step()
+    return peak_reserved_bytes(trace.events, expandable=expandable)
 
 
 def _carried_on(two: Peak, three: Peak, layers: int) -> Peak:

@@ -69,18 +69,17 @@ class Rank:
         if not decoder.tied_embeddings:
             other.append(decoder.embedding_weights)
         if quantised and share == 1:
-            linear = decoder.layers * sum(linear.copies * linear.weights for linear in decoder.linears)
-            trace.new(linear // 2 + sum(other) * compute, LOADING)
+            trace.new(decoder.layers * decoder.linear_weights // 2 + sum(other) * compute, LOADING)
         weights, unquantised = [], [trace.new(other[0] * compute // share, EMBEDDINGS)]
         for size in other[1 : decoder.layers + 1]:
             for linear in decoder.linears:
                 if quantised:
                     whole = trace.new(linear.weights * compute, LOADING)
-                    weights.append(trace.new(linear.copies * linear.weights // 2 // at_first, WEIGHTS))
+                    weights.append(trace.new(linear.all_weights // 2 // at_first, WEIGHTS))
                     weights += [trace.new(linear.copies * scale, SCALES) for scale in self.scale_bytes(linear)]
                     del whole
                 else:
-                    weights.append(trace.new(linear.copies * linear.weights * compute // share, WEIGHTS))
+                    weights.append(trace.new(linear.all_weights * compute // share, WEIGHTS))
             unquantised.append(trace.new(size * compute // share, EMBEDDINGS))
         unquantised += [trace.new(size * compute // share, EMBEDDINGS) for size in other[decoder.layers + 1 :]]
         if training.stream_bytes != compute:  # PEFT's k-bit preparation replaces them one by one
@@ -160,13 +159,20 @@ class Rank:
             if number in (decoder.layers - 1, 0):
                 mark("loss and backward of the last layer" if number else "backward of the first layer")
         del gradient, kept, mask, whole, tables
-        if not self._state:
-            state_per_byte = training.state_bytes / training.adapter_bytes
-            self._state = [trace.new(int(adapter.bytes * state_per_byte), OPTIMIZER) for adapter in self._adapters]
-        per_byte = training.update_bytes / training.adapter_bytes
-        updates = [trace.new(int(adapter.bytes * per_byte), UPDATES) for adapter in self._adapters]
+        self.make_optimizer_state()
+        updates = self._per_trained_weight(training.update_bytes, UPDATES)
         del updates
         mark("optimizer")
+
+    def make_optimizer_state(self) -> None:
+        """What the optimizer keeps from its first step on."""
+        if not self._state:
+            self._state = self._per_trained_weight(self.training.state_bytes, OPTIMIZER)
+
+    def _per_trained_weight(self, size_bytes: float, purpose: str) -> list[Storage]:
+        """So many bytes for each weight of the adapters, one piece for each tensor."""
+        ratio = size_bytes / self.training.adapter_bytes
+        return [self.trace.new(int(adapter.bytes * ratio), purpose) for adapter in self._adapters]
 
     def _accumulated(self) -> list[Storage]:
         """The gradients of the micro-batches before this one."""
@@ -179,7 +185,7 @@ class Rank:
         if training.attention != "eager" and not training.masked:
             return None
         itemsize = training.stream_bytes if training.attention == "eager" else 1
-        return self.trace.new(training.micro_batch_size * training.max_length**2 * itemsize, ATTENTION)
+        return self.trace.new(training.pairs * itemsize, ATTENTION)
 
     def _gathered_root(self) -> list[Storage]:
         """Under FSDP, embedding and head, whole during forward and backward."""
@@ -195,7 +201,7 @@ class Rank:
         if training.gpus == 1:
             return []
         bits = 4 if training.method == "qlora" else 8 * training.compute_bytes
-        linear = sum(linear.copies * linear.weights for linear in decoder.linears) * bits // 8
+        linear = decoder.linear_weights * bits // 8
         adapter = sum(sum(training.adapter_weights(linear)) for linear in decoder.linears) * training.adapter_bytes
         other = decoder.other_weights * training.stream_bytes
         return [self.trace.new(linear + adapter + other, GATHERED, stream=1) for _ in range(2)]

@@ -26,7 +26,12 @@ class Linear:
 
     @property
     def weights(self) -> int:
+        """Weights of one copy."""
         return self.inputs * self.outputs
+
+    @property
+    def all_weights(self) -> int:
+        return self.copies * self.weights
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Decoder:
     def linears(self) -> tuple[Linear, ...]:
         ends = tuple(linear for linear in (self.attention_out, self.mlp_out) if linear)
         return (*self.attention_in, *self.mlp_in, *ends, *self.others)
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of a block's linear layers."""
+        return sum(linear.all_weights for linear in self.linears)
 
     @property
     def embedding_weights(self) -> int:
@@ -145,6 +155,11 @@ class Training:
     def tokens(self) -> int:
         """Tokens per micro-batch."""
         return self.micro_batch_size * self.max_length
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens of the same sequence in a micro-batch."""
+        return self.micro_batch_size * self.max_length**2
 
     @property
     def stream_bytes(self) -> int:
