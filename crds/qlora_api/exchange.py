@@ -173,6 +173,9 @@ class Recipe(Document):
     optimizer: str = Field(description="The optimizer, by transformers' name.")
     seed: int = Field(description="Seed of the order of examples, the dropout and the adapter's start.")
     gradient_checkpointing: bool = Field(description="Whether activations are recomputed.")
+    offload: Literal["none", "activations", "parameters"] = Field(
+        default="none", description="What is kept in host memory while the GPU does not need it."
+    )
     attention: str = Field(description="The attention kernel.")
     max_grad_norm: float = Field(gt=0, description="Norm that gradients are clipped to.")
     evals_per_epoch: int = Field(default=4, ge=0, description="Evaluations of the held-out loss per epoch.")
@@ -258,6 +261,8 @@ class TrainOrder(OrderEnvelope):
     micro_batch_size: int = Field(ge=1)
     gradient_accumulation: int = Field(ge=1)
     accelerator: Literal["nvidia", "amd", "cpu"]
+    nodes: int = Field(default=1, ge=1, description="Pods of the training, one in each node.")
+    ranks_per_node: int = Field(default=1, ge=1, description="Processes in each pod, one for each of its GPUs.")
     cpu_allowed: bool = Field(default=False, description="Run on the CPU where the accelerator is not there.")
     checkpoint_every_seconds: int = Field(ge=1)
     checkpoint_keep: int = Field(ge=1)

@@ -62,7 +62,9 @@ RESOURCES: dict[str, tuple[str, str]] = {
     "Node": ("/api/v1", "nodes"),
     "PersistentVolumeClaim": ("/api/v1", "persistentvolumeclaims"),
     "Pod": ("/api/v1", "pods"),
+    "ResourceClaimTemplate": ("/apis/resource.k8s.io/v1", "resourceclaimtemplates"),
     "Secret": ("/api/v1", "secrets"),
+    "Service": ("/api/v1", "services"),
     "TokenReview": ("/apis/authentication.k8s.io/v1", "tokenreviews"),
 }
 
@@ -71,6 +73,10 @@ def path(kind: str, namespace: str | None = None, name: str | None = None) -> st
     """The path of an object, or without `name` of all of a namespace, or of all there are."""
     api, plural = RESOURCES[kind]
     return "/".join((api, *(("namespaces", namespace) if namespace else ()), plural, *((name,) if name else ())))
+
+
+#: Kinds that cannot be changed, and are made anew when an attempt is planned anew.
+REPLACED = ("ConfigMap", "ResourceClaimTemplate")
 
 
 class Cluster:
@@ -135,7 +141,7 @@ class Cluster:
     async def create(self, manifest: Raw) -> None:
         """Create a child. One of that name that is ours counts as created, with two exceptions.
 
-        An order that says something else is replaced (its attempt has not started), and one that is being deleted or
+        An order that says something else is replaced, and a claim's template (the attempt has not started), and one that is being deleted or
         belongs to somebody else raises `ApiError`.
         """
         kind, metadata = manifest["kind"], manifest["metadata"]
@@ -153,7 +159,9 @@ class Cluster:
             if there["metadata"].get("deletionTimestamp"):
                 text = f"{kind} {name} of before is still being deleted"
                 raise ApiError(f"create {kind} {name}", 409, text) from refused
-            if kind == "ConfigMap" and there.get("data") != manifest["data"]:
+            if kind == "ConfigMap" and there.get("data") == manifest["data"]:
+                return
+            if kind in REPLACED:
                 await self.delete(kind, namespace, name, owner)
                 await self._post(kind, namespace, manifest)
 

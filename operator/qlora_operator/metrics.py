@@ -20,6 +20,7 @@ from qlora_operator.cluster import ApiError
 from qlora_operator.events import ended_between
 from qlora_operator.lifecycle.answers import Outcome
 from qlora_operator.lifecycle.policies import FINISHED
+from qlora_operator.sizing.memory import CONTEXT
 from qlora_operator.workqueue import Key
 
 # No series beside each counter that says when it began: the process' start time is among the series.
@@ -72,6 +73,13 @@ VRAM = Series(
     prometheus.Gauge,
     (*OF_A_JOB, "kind"),
     "Memory of one GPU at the peak: predicted by the plan, and measured once trained. Ends when the job is deleted.",
+)
+VRAM_RATIO = Series(
+    "qlora_vram_measured_ratio",
+    prometheus.Gauge,
+    OF_A_JOB,
+    "Memory that PyTorch had reserved on a GPU at the training's peak, over what was planned for it (the CUDA context "
+    "left out on both sides): above 1 the plan was too low. Ends when the job is deleted.",
 )
 STAGE_DURATION = Series(
     "qlora_stage_duration_seconds",
@@ -131,6 +139,7 @@ class Entry:
     phase: str
     progress_ratio: float | None = None
     vram_bytes: Mapping[str, int] = field(default_factory=dict)
+    vram_ratio: float | None = None
 
 
 def entry(status: Mapping[str, Any]) -> Entry:
@@ -144,7 +153,15 @@ def entry(status: Mapping[str, Any]) -> Entry:
         phase=str(phase),
         progress_ratio=None if percent is None or phase in FINISHED else percent / 100,
         vram_bytes={kind: value for kind, value in vram.items() if value is not None},
+        vram_ratio=_ratio(memory),
     )
+
+
+def _ratio(memory: Mapping[str, Any]) -> float | None:
+    """What was measured over what was predicted of the same: the allocator knows nothing of the context."""
+    context = sum(item["bytes"] for item in memory.get("items", ()) if item["name"] == CONTEXT)
+    predicted, measured = memory.get("totalBytes", 0) - context, memory.get("measuredBytes")
+    return measured / predicted if measured is not None and predicted > 0 else None
 
 
 class Book(Collector):
@@ -154,7 +171,8 @@ class Book(Collector):
         self.jobs: dict[Key, Entry] = {}
 
     def collect(self) -> Iterator[Metric]:
-        jobs, phases, progress, vram = (_family(series) for series in (JOBS, JOB_PHASE, PROGRESS, VRAM))
+        families = (_family(series) for series in (JOBS, JOB_PHASE, PROGRESS, VRAM, VRAM_RATIO))
+        jobs, phases, progress, vram, ratio = families
         count = dict.fromkeys(map(str, Phase), 0)
         for key, said in self.jobs.items():
             count[said.phase] = count.get(said.phase, 0) + 1
@@ -163,9 +181,11 @@ class Book(Collector):
                 progress.add_metric(key, said.progress_ratio)
             for kind, size in said.vram_bytes.items():
                 vram.add_metric([*key, kind], size)
+            if said.vram_ratio is not None:
+                ratio.add_metric(key, said.vram_ratio)
         for phase, n in count.items():
             jobs.add_metric([phase], n)
-        yield from (jobs, phases, progress, vram)
+        yield from (jobs, phases, progress, vram, ratio)
 
 
 def _family(series: Series) -> GaugeMetricFamily:

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora_api.exchange import Inspection, ModelShape, Recipe
-from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
-from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
-from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
+from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected
+from qlora_operator.placement.choice import (
+    Infeasible,
+    Layout,
+    Placed,
+    Wishes,
+    choose,
+    micro_batches,
+    with_headroom,
+)
+from qlora_operator.placement.flavours import Demands, Flavour, Refused
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
 from qlora_operator.sizing.training import DTYPE_BYTES
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What an installation decides of its jobs' plans."""
+
+    tolerations: Sequence[Mapping[str, Any]] = ()
+    #: Of one GPU for an hour, by product.
+    prices: Mapping[str, float] = field(default_factory=dict)
+    #: Whether it names a trainer image for AMD's GPUs.
+    amd_image: bool = True
+    #: Whether it names a mirror of Hugging Face's hub.
+    mirror: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,57 +51,207 @@ class Unfit:
 def plan(
     spec: JobSpec,
     inspection: Inspection,
-    nodes: Sequence[Mapping[str, Any]],
+    inventory: Inventory,
+    installation: Installation | None = None,
     *,
-    tolerations: Sequence[Mapping[str, Any]] = (),
     keep: Recipe | None = None,
 ) -> Plan | Unfit:
-    """How to run the job on `nodes` (raw Node objects).
+    """How to run the job on the nodes of `inventory`.
 
-    `tolerations` are the installation's, besides the job's own. `keep` is the recipe of a training that has begun: its
-    checkpoints are bound to it, so only the place may change.
+    `keep` is the recipe of a training that has begun: its checkpoints are bound to it, so only the place may change.
     """
-    candidates = (
-        [keep] if keep else recipes(spec, inspection.shape, max_length=inspection.max_length, loss=inspection.loss)
-    )
-    if isinstance(candidates, Unfit):
-        return candidates
-    on_cpu = spec.hardware.accelerator == CPU
-    given = [*tolerations, *(t.to_api() for t in spec.pod_template.tolerations or ())]
-    demands = Demands(
-        products=tuple(spec.hardware.gpu_products or ()),
-        node_selector=spec.pod_template.node_selector,
-        tolerations=tuple(given) if on_cpu else (GPU_TOLERATION, *given),
-    )
-    if on_cpu:
-        return _plan_on_cpu(spec, inspection, candidates, [node for node in nodes if not closed(node, demands)])
-    found, refused = flavours(nodes, demands)
+    installation = installation or Installation()
+    found = [keep] if keep else recipes(spec, inspection.shape, max_length=inspection.max_length, loss=inspection.loss)
+    if isinstance(found, Unfit):
+        return found
+    if refusal := contradiction(spec, installation):
+        return refusal
+    demands = _demands(spec, installation)
+    if spec.hardware.accelerator == CPU:
+        return _plan_on_cpu(spec, inspection, found, inventory.largest_memory_bytes(demands))
+    if refusal := loftq_refusal(spec, inspection, inventory.largest_memory_bytes(demands)):
+        return refusal
+    offers = inventory.offers(demands)
+    able, refused = _with_compute_type(offers.flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
     choice = choose(
         inspection.shape,
-        candidates,
-        found,
-        refused,
-        micro_batch_size=spec.training.micro_batch_size,
-        headroom_percent=spec.hardware.headroom_percent,
+        lambda gpus: found if gpus == 1 else sharded(found, spec.training.optimizer or (keep and keep.optimizer)),
+        able,
+        (*offers.refused, *refused),
+        wishes=wishes(spec, installation.prices),
     )
     if isinstance(choice, Infeasible):
         return Unfit("NoFlavourFits", f"no GPU can take this training: {choice.message}. {_CURE}")
-    return _as_plan(
-        spec,
-        inspection,
-        choice.recipe,
-        choice.memory,
-        flavour=choice.flavour.product,
-        capacity=choice.flavour.memory_bytes,
-        micro_batch_size=choice.micro_batch_size,
-        rejected=choice.rejected,
+    made = _as_plan(spec, inspection, _in_the_card_s_type(choice, bound=_is_bound(spec, keep)))
+    if spec.hardware.accelerator == "amd" and not (installation.amd_image or spec.pod_template.image):
+        where = f"{made.gpus} × {made.flavour}"
+        return Unfit(
+            "NoTrainerImage",
+            f"it fits {where}, and this installation names no trainer image for AMD GPUs: set the chart's value "
+            "trainer.amdImage, or spec.podTemplate.image",
+        )
+    return made
+
+
+def wishes(spec: JobSpec, prices: Mapping[str, float] | None = None) -> Wishes:
+    """What the spec fixes of the choice."""
+    hardware = spec.hardware
+    return Wishes(
+        gpus=hardware.gpus,
+        nodes=hardware.nodes,
+        max_gpus=hardware.max_gpus,
+        micro_batch_size=spec.training.micro_batch_size,
+        headroom_percent=hardware.headroom_percent,
+        prices=prices or {},
     )
+
+
+def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
+    """The first pair of settings that no cluster can serve together."""
+    training, hardware = spec.training, spec.hardware
+    if spec.offline and not installation.mirror and (hub := sorted(_on_the_hub(spec))):
+        return Unfit(
+            "NoMirror",
+            f"spec.offline: {hub[0]} is to come from Hugging Face's hub, and this installation names no mirror of it: "
+            "set HF_ENDPOINT in the chart's stageEnv, or give the place of a copy (pvc://, s3://)",
+            final=True,
+        )
+    gpus = max(hardware.gpus or 1, hardware.nodes or 1)
+    effective, size = training.effective_batch_size, training.micro_batch_size or 1
+    if gpus > 1 and training.optimizer in ONE_GPU_OPTIMIZERS:
+        return Unfit(
+            "OptimizerNotShardable",
+            f"spec.training.optimizer: {training.optimizer} cannot step weights that {gpus} GPUs share; leave it out "
+            "(adamw_torch_fused is then used), or set spec.hardware.gpus to 1",
+            final=True,
+        )
+    if hardware.gpus and effective % (hardware.gpus * size):
+        return Unfit(
+            "BatchNotDivisible",
+            f"spec.training.effectiveBatchSize: {effective} sequences cannot be shared by {hardware.gpus} GPUs in "
+            f"micro-batches of {size}; make it a multiple of {hardware.gpus * size}",
+            final=True,
+        )
+    return None
+
+
+def _on_the_hub(spec: JobSpec) -> set[str]:
+    data = (*spec.dataset.train, spec.dataset.eval, spec.evaluation.golden, spec.evaluation.canary)
+    places = (spec.model, *(source for source in data if source))
+    return {place.uri for place in places if place.uri.startswith("hf://")}
+
+
+def loftq_refusal(spec: JobSpec, inspection: Inspection, largest_bytes: int) -> Unfit | None:
+    """LoftQ starts from the whole base in fp32, on the host (training.md, LoftQ)."""
+    need = 4 * inspection.shape.parameters
+    if spec.lora.init != "loftq" or need <= largest_bytes:
+        return None
+    return Unfit(
+        "LoftqTooLarge",
+        f"spec.lora.init: loftq needs the base in fp32, {need / GIB:.0f} GiB of host memory, and the largest node has "
+        f"{largest_bytes / GIB:.0f}; leave init out",
+    )
+
+
+def sharded(found: Sequence[Recipe], optimizer: str | None) -> list[Recipe]:
+    """The recipes for several GPUs, with the `optimizer` that is set, if one is; none where that cannot be sharded."""
+    if optimizer in ONE_GPU_OPTIMIZERS:
+        return []
+    return [recipe.model_copy(update={"optimizer": optimizer or SHARDED_OPTIMIZER}) for recipe in found]
+
+
+#: So many other products are named to a job that waits for its own.
+ALTERNATIVES = 3
+
+
+def advice(
+    spec: JobSpec,
+    inspection: Inspection,
+    plan_: Plan,
+    inventory: Inventory,
+    installation: Installation,
+    *,
+    keep: Recipe | None = None,
+) -> str:
+    """What a user can do about a training that waits for the GPUs of `plan_`: how many there are, and which others
+    would do if spec.hardware named them."""
+    own = _with_products(spec, [plan_.flavour])
+    offers = inventory.offers(_demands(own, installation))
+    nodes = sum(flavour.nodes for flavour in offers.flavours if flavour.gpus_per_node >= plan_.gpus_per_node)
+    if nodes:
+        there = f"{nodes} node{'s' * (nodes > 1)} with {plan_.gpus_per_node} × {plan_.flavour} or more, in use"
+    else:
+        why = next((f": {r.reason}" for r in offers.refused if r.product == plan_.flavour), "")
+        there = f"no node with {plan_.gpus_per_node} × {plan_.flavour} that it may use{why}"
+    others = inventory.offers(_demands(_with_products(spec, None), installation)).flavours
+    found: list[Plan] = []
+    for product in sorted({flavour.product for flavour in others} - {plan_.flavour}):
+        made = plan(_with_products(spec, [product]), inspection, inventory, installation, keep=keep)
+        if isinstance(made, Plan):
+            found.append(made)
+    found.sort(key=lambda made: (made.nodes, made.gpus, made.memory.gpu_bytes or 0, made.flavour))
+    if not found:
+        return f"there is {there}; no other GPU here can take the training, see status.plan.rejected"
+    named = " or ".join(f"[{m.flavour}] ({m.recipe.method} on {m.gpus})" for m in found[:ALTERNATIVES])
+    return f"there is {there}; not to wait: suspend the job, set spec.hardware.gpuProducts to {named}, and resume"
+
+
+def _with_products(spec: JobSpec, products: Sequence[str] | None) -> JobSpec:
+    named = None if products is None else tuple(products)
+    return spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"gpu_products": named})})
+
+
+def _demands(spec: JobSpec, installation: Installation) -> Demands:
+    given = [*installation.tolerations, *(t.to_api() for t in spec.pod_template.tolerations or ())]
+    on_cpu = spec.hardware.accelerator == CPU
+    return Demands(
+        accelerator=spec.hardware.accelerator,
+        products=tuple(spec.hardware.gpu_products or ()),
+        node_selector=spec.pod_template.node_selector,
+        tolerations=tuple(given) if on_cpu else (*GPU_TOLERATIONS, *given),
+    )
+
+
+def _is_bound(spec: JobSpec, keep: Recipe | None) -> bool:
+    """Whether the compute type is not to be chosen: the user has, or a training has begun."""
+    return keep is not None or spec.quantization.compute_dtype is not None
+
+
+def _with_compute_type(flavours: Sequence[Flavour], bound: str | None) -> tuple[list[Flavour], list[Refused]]:
+    """The flavours that compute in the type `bound`, and the others with the reason."""
+    able = [f for f in flavours if bound != "bfloat16" or f.compute is None or f.compute >= BFLOAT16_SINCE]
+    names = {flavour.product for flavour in able}
+    lacking = {flavour.product: flavour for flavour in flavours if flavour.product not in names}
+    return able, [
+        Refused(
+            product,
+            f"has no bfloat16 (compute capability {'.'.join(map(str, flavour.compute or ()))}); leave out "
+            "quantization.computeDtype, or set it to float16",
+        )
+        for product, flavour in lacking.items()
+    ]
+
+
+def _in_the_card_s_type(choice: Placed, *, bound: bool) -> Placed:
+    """float16 on cards that have no bfloat16; both take the same memory."""
+    compute = choice.flavour.compute
+    if bound or compute is None or compute >= BFLOAT16_SINCE or choice.recipe.compute_dtype != "bfloat16":
+        return choice
+    return replace(choice, recipe=choice.recipe.model_copy(update={"compute_dtype": "float16"}))
 
 
 _CURE = "Add such a node, or suspend the job, change spec.hardware and resume"
 
 #: Nodes with GPUs are commonly tainted with the resource's name (as the ExtendedResourceToleration plugin expects).
-GPU_TOLERATION: dict[str, Any] = {"key": "nvidia.com/gpu", "operator": "Exists"}
+GPU_TOLERATIONS: tuple[dict[str, Any], ...] = (
+    {"key": "nvidia.com/gpu", "operator": "Exists"},
+    {"key": "amd.com/gpu", "operator": "Exists"},
+)
+#: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded; and the one that takes their place.
+ONE_GPU_OPTIMIZERS = frozenset({"paged_adamw_8bit", "adamw_8bit"})
+SHARDED_OPTIMIZER = "adamw_torch_fused"
+#: CUDA compute capability from which on a card has bfloat16: Ampere.
+BFLOAT16_SINCE = (8, 0)
 
 
 def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) -> list[Recipe] | Unfit:
@@ -127,6 +299,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             optimizer=training.optimizer or "paged_adamw_8bit",
             seed=training.seed,
             gradient_checkpointing=training.gradient_checkpointing,
+            offload=training.offload,
             attention=training.attention or "sdpa",
             max_grad_norm=training.max_grad_norm,
             evals_per_epoch=training.evals_per_epoch,
@@ -136,88 +309,64 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
 
 
 def with_half_the_micro_batch(plan: Plan, inspection: Inspection) -> Plan:
-    """The plan with the next smaller micro-batch that divides the effective batch, which stays."""
-    effective = plan.recipe.effective_batch_size
-    size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if effective % n == 0)
-    memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpu=plan.flavour != CPU)
-    items = tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items)
-    smaller = plan.memory.model_copy(update={"items": items, "total_bytes": memory.total_bytes})
-    return plan.model_copy(
-        update={"micro_batch_size": size, "gradient_accumulation": effective // size, "memory": smaller}
-    )
+    """The plan with the next smaller micro-batch that divides a GPU's share of the effective batch, which stays."""
+    share = plan.micro_batch_size * plan.gradient_accumulation
+    size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if share % n == 0)
+    on_gpu = plan.flavour != CPU
+    memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpus=max(1, plan.gpus), gpu=on_gpu)
+    smaller = plan.memory.model_copy(update={"items": _items(memory), "total_bytes": memory.total_bytes})
+    return plan.model_copy(update={"micro_batch_size": size, "gradient_accumulation": share // size, "memory": smaller})
 
 
 def _plan_on_cpu(
-    spec: JobSpec, inspection: Inspection, candidates: Sequence[Recipe], nodes: Sequence[Mapping[str, Any]]
+    spec: JobSpec, inspection: Inspection, candidates: Sequence[Recipe], largest_bytes: int
 ) -> Plan | Unfit:
-    """The first recipe that fits the memory of the largest of `nodes`."""
-    largest = max((_allocatable_memory(node) for node in nodes), default=0)
+    """The first recipe that fits the memory of the largest node."""
+    headroom, wanted = spec.hardware.headroom_percent, spec.training.micro_batch_size
     for recipe in candidates:
-        sizes = micro_batches(recipe, spec.training.micro_batch_size)
-        headroom = spec.hardware.headroom_percent
-        fit = largest_fitting(
-            inspection.shape, recipe, sizes, device_bytes=largest, headroom_percent=headroom, gpu=False
-        )
-        if fit:
-            size, memory = fit
-            return _as_plan(
-                spec, inspection, recipe, memory, flavour=CPU, capacity=largest, micro_batch_size=size, rejected=()
-            )
-    smallest = training_memory(
-        inspection.shape,
-        candidates[-1],
-        micro_batch_size=micro_batches(candidates[-1], spec.training.micro_batch_size)[-1],
-        gpu=False,
-    )
-    need = with_headroom(smallest.total_bytes, spec.hardware.headroom_percent)
+        for size in micro_batches(recipe, wanted):
+            memory = training_memory(inspection.shape, recipe, micro_batch_size=size, gpu=False)
+            if with_headroom(memory.total_bytes, headroom) <= largest_bytes:
+                node = Flavour(CPU, CPU, largest_bytes, 0, 1)
+                return _as_plan(spec, inspection, Placed(node, Layout(1, 0), recipe, size, memory))
+    recipe = candidates[-1]
+    smallest = training_memory(inspection.shape, recipe, micro_batch_size=micro_batches(recipe, wanted)[-1], gpu=False)
+    need = with_headroom(smallest.total_bytes, headroom)
     return Unfit(
         "NoNodeFits",
         f"no node that the job may run on has the memory: {need / GIB:.1f} GiB needed, the largest has "
-        f"{largest / GIB:.1f}. {_CURE}",
+        f"{largest_bytes / GIB:.1f}. {_CURE}",
     )
 
 
-def _allocatable_memory(node: Mapping[str, Any]) -> int:
-    text = node.get("status", {}).get("allocatable", {}).get("memory", "0")
-    if text.endswith("m"):  # thousandths: seen where a kubelet's reservation is a percentage
-        return int(text[:-1]) // 1000
-    try:
-        return int(float(text))
-    except ValueError:
-        return quantity_bytes(text)
+def _items(memory: Memory) -> tuple[MemoryItem, ...]:
+    return tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items)
 
 
-def _as_plan(
-    spec: JobSpec,
-    inspection: Inspection,
-    recipe: Recipe,
-    memory: Memory,
-    *,
-    flavour: str,
-    capacity: int,
-    micro_batch_size: int,
-    rejected: Sequence[Refused],
-) -> Plan:
-    on_cpu = flavour == CPU
+def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
+    flavour, layout, recipe, memory = choice.flavour, choice.layout, choice.recipe, choice.memory
     return Plan(
         recipe=recipe,
         accelerator=spec.hardware.accelerator,
-        flavour=flavour,
-        gpus=0 if on_cpu else 1,
-        gpus_per_node=0 if on_cpu else 1,
-        nodes=1,
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation=recipe.effective_batch_size // micro_batch_size,
+        flavour=flavour.product,
+        resource=None if flavour.product == CPU else flavour.resource,
+        labels=dict(flavour.labels),
+        memory_label=flavour.memory_label,
+        gpus=layout.gpus,
+        gpus_per_node=layout.gpus_per_node,
+        nodes=layout.nodes,
+        micro_batch_size=choice.micro_batch_size,
+        gradient_accumulation=recipe.effective_batch_size // (choice.micro_batch_size * max(1, layout.gpus)),
         steps=recipe.steps(inspection.sequences),
         memory=MemoryPlan(
-            items=tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items),
+            items=_items(memory),
             total_bytes=memory.total_bytes,
-            gpu_bytes=capacity,
+            gpu_bytes=flavour.memory_bytes,
             headroom_percent=spec.hardware.headroom_percent,
         ),
-        host_memory_bytes=memory.total_bytes if on_cpu else host_memory_bytes(inspection),
+        host_memory_bytes=memory.total_bytes if flavour.product == CPU else host_memory_bytes(inspection),
         disk_bytes=disk_bytes(spec, inspection, recipe),
-        rejected=tuple(Rejected(flavour=r.product, reason=r.reason) for r in rejected),
+        rejected=tuple(Rejected(flavour=r.product, reason=r.reason) for r in choice.rejected),
     )
 
 

@@ -14,12 +14,11 @@ from qlora_operator import events
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.conditions import unreadable
 from qlora_operator.lifecycle.observed import Absent, Job, Observed, Seen, see
-from qlora_operator.lifecycle.policies import FINISHED, call_refused, needs_nodes, next_step, output_claim, work_claim
+from qlora_operator.lifecycle.policies import FINISHED, call_refused, next_step, output_claim, work_claim
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Stop
 from qlora_operator.lifecycle.tasks import INSPECT, Task, current
+from qlora_operator.manifests import attempts
 from qlora_operator.manifests.claims import work_volume_claim
-from qlora_operator.manifests.jobs import stage_job
-from qlora_operator.manifests.orders import config_map
 from qlora_operator.manifests.reporting import Endpoint
 from qlora_operator.metrics import Metrics
 from qlora_operator.reports import Reports
@@ -97,10 +96,10 @@ class Reconciler:
     async def observe(self, job: Job) -> Observed:
         """What the cluster has of the job, by live reads of its children's fixed names."""
         namespace = job.metadata.namespace
-        attempts: dict[str, Seen] = {}
+        states: dict[str, Seen] = {}
         for task, n in current(job.spec, job.status):
             name = task.job_name(job.metadata.name, n)
-            attempts[name] = await self._attempt(namespace, task, name, job.metadata.uid)
+            states[name] = await self._attempt(namespace, task, name, job.metadata.uid)
         claims = {}
         if job.status.plan is not None and job.status.phase not in FINISHED:
             claim = await self._cluster.claim(namespace, work_claim(job))
@@ -109,9 +108,8 @@ class Reconciler:
             claims[work_claim(job)] = claim is not None
             if (output := output_claim(job)) and job.status.work_volume is None:
                 claims[output] = await self._cluster.claim(namespace, output) is not None
-        nodes = await self._cluster.nodes() if needs_nodes(job) else None
         reported = self._reports.newest(job.metadata.uid) if self._reports else None
-        return Observed(attempts, claims, nodes, self._settings.tolerations, reported)
+        return Observed(states, claims, self._inventory, self._installation, reported)
 
     async def _attempt(self, namespace: str, task: Task, name: str, owner: str) -> Seen:
         found = await self._cluster.stage_job(namespace, name)
@@ -126,14 +124,13 @@ class Reconciler:
         log.info("%s/%s: %s", namespace, job.metadata.name, action.describe())
         match action:
             case Start(task, attempt):
-                await self._cluster.create(config_map(job, task, attempt, self._settings, self._endpoint))
-                await self._cluster.create(stage_job(job, task, attempt, self._settings, self._endpoint))
+                for manifest in attempts.manifests(job, task, attempt, self._settings, self._endpoint):
+                    await self._cluster.create(manifest)
             case Stop(task, attempt):
                 await self._cluster.delete("Job", namespace, task.job_name(job.metadata.name, attempt), uid)
             case Remove(task, attempt):
-                name = task.job_name(job.metadata.name, attempt)
-                await self._cluster.delete("Job", namespace, name, uid)
-                await self._cluster.delete("ConfigMap", namespace, name, uid)
+                for kind, name in attempts.names(job, task, attempt):
+                    await self._cluster.delete(kind, namespace, name, uid)
             case CreateWorkVolume():
                 await self._cluster.create(work_volume_claim(job, self._settings))
             case DeleteWorkVolume():

@@ -28,6 +28,13 @@ class Settings(_Strict):
     """The installation. Every field is a value of the chart."""
 
     trainer_image: str = Field(description="The image that every stage runs, by digest or tag.")
+    amd_trainer_image: str | None = Field(
+        default=None, description="The image that trains on AMD's GPUs; absent: no training is placed there."
+    )
+    gpu_prices: dict[str, float] = Field(
+        default_factory=dict,
+        description="Price of one GPU for an hour, by product: of GPUs that are as good, the cheaper.",
+    )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     image_pull_secrets: list[str] = Field(default_factory=list)
     namespaces: list[str] = Field(default_factory=list, description="Namespaces to serve; empty: all.")

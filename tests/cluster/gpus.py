@@ -23,6 +23,7 @@ class Product:
 
 
 # Memory as the driver reports it, which is what the label carries.
+A2 = Product("NVIDIA-A2", 15356, "ampere", (8, 6))
 T4 = Product("Tesla-T4", 15360, "turing", (7, 5))
 L4 = Product("NVIDIA-L4", 23034, "ada-lovelace", (8, 9))
 L40S = Product("NVIDIA-L40S", 46068, "ada-lovelace", (8, 9))

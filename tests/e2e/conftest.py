@@ -130,7 +130,7 @@ def whole_way(product: Product) -> Iterator[Versions]:
     three flavours, of which only the smallest is on a node that is real (the GPU is faked, and the CPU is allowed).
     """
     cluster, namespace = product.cluster, product.namespace
-    gpus.give(cluster, gpus.T4, 1)
+    gpus.give(cluster, gpus.A2, 1)
     fake = []
     for prefix, flavour in (("gpu-l4", gpus.L4), ("gpu-h100", gpus.H100)):
         fake += kwok.create_nodes(cluster, prefix, 1, gpus.labels(flavour, 8), {gpus.RESOURCE: "8"}, taints=[GPU_TAINT])

@@ -80,7 +80,7 @@ def watched(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """One job run to its end; beside it, one that the operator is kept from starting for a while."""
     cluster, namespace = product.cluster, product.namespace
     directory = tmp_path_factory.mktemp("prometheus")
-    gpus.give(cluster, gpus.T4, 1)
+    gpus.give(cluster, gpus.A2, 1)
     with prometheus.kinds(cluster), monitored(product):
         with prometheus.translated(cluster, namespace, directory) as configuration:
             made = configuration(2)
@@ -149,7 +149,7 @@ def test_the_operators_figures_are_those_of_the_status(watched: Watched) -> None
     assert (labels["namespace"], labels["phase"]) == (watched.product.namespace, "Succeeded")
     (training,) = (a for a in status["attempts"] if a["stage"] == "train")
     ran = datetime.fromisoformat(training["ended"]) - datetime.fromisoformat(training["started"])
-    held = increase(watched, f'qlora_gpu_seconds_total{{product="{gpus.T4.name}"}}')
+    held = increase(watched, f'qlora_gpu_seconds_total{{product="{gpus.A2.name}"}}')
     assert held == pytest.approx(ran.total_seconds())
     for stage in ("inspect", "train", "publish"):
         assert increase(watched, f'qlora_attempts_total{{stage="{stage}",outcome="Succeeded"}}') == 1

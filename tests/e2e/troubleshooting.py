@@ -165,8 +165,8 @@ WAITING = (
     ),
     Trouble(
         "gpu-too-small", "Planning", "NoFlavourFits",
-        f"no GPU can take this training: …{TINY}: has 0.5 GiB, qlora at micro-batch 1 × 256 tokens needs … GiB with "
-        "15 % headroom. Add such a node, or suspend the job, change spec.hardware and resume",
+        f"no GPU can take this training: …{TINY}: 0.5 GiB ×…: qlora at micro-batch 1 × 256 tokens needs … GiB, short by "
+        "… GiB… Add such a node, or suspend the job, change spec.hardware and resume",
         "Every kind of GPU in the cluster is listed with what it lacks; GPUs that are taken at the moment count as "
         "there.",
         "Add a node: the job is planned within a minute. Or allow more products, or give the job up and apply one "
@@ -208,8 +208,8 @@ KILLED = Trouble(
     "`OOMKilled` again, keep memory-hungry neighbours off the node.",
 )  # fmt: skip
 DRAINED = Trouble(
-    "drained", "Scheduling", "Unschedulable",
-    "train waits: not scheduled: …unschedulable",
+    "drained", "Scheduling", "NoMatchingNode",
+    "train waits: not scheduled: …unschedulable…; there is …",
     "The node is cordoned or full. A pod that was evicted is replaced within the same attempt.",
     "Nothing, if the node comes back or another one fits; the scheduler's message says what each node lacks.",
 )  # fmt: skip

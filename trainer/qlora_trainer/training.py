@@ -41,6 +41,17 @@ DIVERGED_AFTER = 3
 SECONDS_BETWEEN_LINES = 5.0
 
 
+def _require_what_is_built(order: TrainOrder) -> None:
+    """Raises BadInput for a plan that this image cannot run yet, before anything is loaded."""
+    ranks = order.nodes * order.ranks_per_node
+    if ranks > 1:
+        raise BadInput(
+            f"the plan shares the model between {ranks} GPUs and this image trains on one: set hardware.gpus: 1"
+        )
+    if order.recipe.offload != "none":
+        raise BadInput(f"training.offload: this image moves no {order.recipe.offload} to the host: leave it out")
+
+
 def train(order: TrainOrder, pod: Pod) -> TrainResult:
     """Train, evaluate and save one adapter.
 
@@ -53,6 +64,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     if done and adapter_dir.is_dir() and directory_digest(adapter_dir) == done.adapter_digest:
         log.info("an earlier attempt has finished this training")
         return done
+    _require_what_is_built(order)
     device = pick_device(order.accelerator, cpu_allowed=order.cpu_allowed)
     quiet_libraries()
     flat = recipe.attention.startswith("flash")

@@ -84,6 +84,11 @@ class Plan(Document):
     recipe: Recipe = Field(description="The training as decided.")
     accelerator: Accelerator = Field(description="nvidia, amd or cpu.")
     flavour: str = Field(description="Product of the chosen GPUs, as in the node label, or cpu.")
+    resource: str | None = Field(default=None, description="What a pod asks for to get one of these GPUs.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes that have them.")
+    memory_label: str | None = Field(
+        default=None, description="Label of those nodes with a GPU's memory in MiB, where they have one."
+    )
     gpus: int = Field(description="GPUs in all.")
     gpus_per_node: int = Field(description="GPUs in each node.")
     nodes: int = Field(description="Nodes.")

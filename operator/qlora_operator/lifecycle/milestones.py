@@ -6,6 +6,7 @@ from qlora_api.exchange import Stage
 from qlora_api.v1alpha1 import ConditionStatus, ConditionType, Phase, Plan
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Active, Job, Observed
+from qlora_operator.lifecycle.pending import Wait
 from qlora_operator.lifecycle.tasks import TRAIN, Task, ended, is_done, tasks
 
 Said = tuple[ConditionStatus, str, str]
@@ -42,9 +43,12 @@ def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task |
         said[ConditionType.TRAINED] = ("True", "Trained", loss)
     elif isinstance(training, Active):
         if training.waiting:
-            said[ConditionType.SCHEDULED] = ("False", training.reason, training.waiting)
+            why = situation.message if situation.phase is Phase.SCHEDULING else training.waiting
+            said[ConditionType.SCHEDULED] = ("False", training.reason, why)
         elif training.node:
             said[ConditionType.SCHEDULED] = ("True", "Scheduled", f"on node {training.node}")
+    elif situation.phase is Phase.SCHEDULING and situation.reason in set(Wait):
+        said[ConditionType.SCHEDULED] = ("False", situation.reason, situation.message)
     if all(is_done(status, task) for task in tasks(job.spec)):
         said[ConditionType.PUBLISHED] = ("True", "Published", "")
     if failed_at is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from qlora_api.exchange import ProgressName, Report, parse_report
 from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
+from qlora_operator.lifecycle.pending import Wait, wait_of
+from qlora_operator.placement.inventory import Inventory
+from qlora_operator.planner import Installation
 
 Raw = Mapping[str, Any]
 
@@ -19,6 +22,10 @@ CONTAINER = "stage"
 KILLED = 137
 #: Annotation of a stage's Job: the fingerprint of the pod template that it was made from.
 TEMPLATE = "qlora.dev/pod-template"
+#: Annotation of a pod of an Indexed Job: which of its pods it is.
+INDEX = "batch.kubernetes.io/job-completion-index"
+#: Label of a Job that Kueue admits.
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 #: Phases of a pod that writes no more.
 OVER = ("Succeeded", "Failed")
 #: The kubelet's reasons for a container without an image. It goes back and forth between the first two.
@@ -55,7 +62,7 @@ class Active:
     node: str | None = None
     started: datetime | None = None
     waiting: str | None = None
-    reason: str = "Waiting"
+    reason: Wait = Wait.CONTAINER
     missing_claim: str | None = None
     template: str | None = None
 
@@ -90,13 +97,13 @@ class Reported:
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that a decision about one job looks at. `nodes` is None where they were not needed; `tolerations` are
-    what the installation gives every pod; `reported` is None until a trainer has reported to this replica."""
+    """Everything that a decision about one job looks at. `reported` is None until a trainer has reported to this
+    replica."""
 
     attempts: Mapping[str, Seen] = field(default_factory=dict)
     claims: Mapping[str, bool] = field(default_factory=dict)
-    nodes: Sequence[Raw] | None = None
-    tolerations: Sequence[Raw] = ()
+    inventory: Inventory = field(default_factory=Inventory)
+    installation: Installation = field(default_factory=Installation)
     reported: Reported | None = None
 
 
@@ -113,15 +120,48 @@ def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
         return Stopping()
     verdict = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
     uid = job["metadata"]["uid"]
-    pods = [pod for pod in pods if uid in {o["uid"] for o in pod["metadata"].get("ownerReferences", ())}]
-    pod = max(pods, key=lambda p: p["metadata"]["creationTimestamp"], default=None)
+    ranks = _newest_of_each_rank(
+        pod for pod in pods if uid in {o["uid"] for o in pod["metadata"].get("ownerReferences", ())}
+    )
     if not verdict & {"Complete", "Failed"}:
         template = job["metadata"].get("annotations", {}).get(TEMPLATE)
-        return replace(_active(job["metadata"]["name"], pod), template=template)
-    return _ended(job, pod, succeeded="Complete" in verdict)
+        return replace(_active(job, ranks), template=template)
+    succeeded = "Complete" in verdict
+    return _ended(job, ranks[0] if succeeded and ranks else _first_failed(ranks), succeeded=succeeded)
 
 
-def _active(name: str, pod: Raw | None) -> Active:
+def _newest_of_each_rank(pods: Iterable[Raw]) -> list[Raw]:
+    """The pods of a Job, of those with the same index the newest, by index; one that is not indexed counts as rank 0."""
+    newest: dict[int, Raw] = {}
+    for pod in sorted(pods, key=lambda p: p["metadata"]["creationTimestamp"]):
+        newest[int(pod["metadata"].get("annotations", {}).get(INDEX, 0))] = pod
+    return [pod for _, pod in sorted(newest.items())]
+
+
+def _first_failed(ranks: Sequence[Raw]) -> Raw | None:
+    """Whose end ended the others: of the pods that failed, the first that did; where none says so, the first rank."""
+
+    def at(pod: Raw) -> str:
+        ends = (c.get("state", {}).get("terminated") for c in _stage_containers(pod))
+        return next((end.get("finishedAt", "") for end in ends if end and end.get("exitCode")), "")
+
+    return min((pod for pod in ranks if at(pod)), key=at, default=next(iter(ranks), None))
+
+
+def _active(job: Raw, ranks: Sequence[Raw]) -> Active:
+    """The first rank, or of several that are not all at work the first that waits."""
+    if job["spec"].get("suspend"):
+        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+        if queue:
+            return Active(waiting=f"the queue {queue} has not admitted it yet", reason=Wait.QUEUE)
+        return Active(waiting="its Job is suspended, and not by this operator", reason=Wait.QUEUE)
+    if not ranks:
+        return _of_pod(job["metadata"]["name"], None)
+    seen = [_of_pod(job["metadata"]["name"], pod) for pod in ranks]
+    return next((state for state in seen if state.waiting), seen[0])
+
+
+def _of_pod(name: str, pod: Raw | None) -> Active:
     if pod is None:
         return Active(waiting=f"its pod is not there yet; if that lasts: kubectl describe job {name}")
     status = pod.get("status", {})
@@ -130,7 +170,7 @@ def _active(name: str, pod: Raw | None) -> Active:
     for container in _stage_containers(pod):
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") in NO_IMAGE:
-            return Active(node, started, _no_image(container.get("image", ""), waiting), reason="ImageNotPulled")
+            return Active(node, started, _no_image(container.get("image", ""), waiting), reason=Wait.IMAGE)
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return Active(node, started, f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": "))
         if container.get("state", {}).keys() & {"running", "terminated"}:  # the Job's own verdict comes a little later
@@ -155,9 +195,9 @@ def _unscheduled(node: str | None, message: str) -> Active:
     if found := re.search(r'persistentvolumeclaim "([^"]+)" not found', message):
         claim = found[1]
         text = f"there is no PersistentVolumeClaim {claim} in this namespace; create it"
-        return Active(node, None, text, reason="ClaimMissing", missing_claim=claim)
+        return Active(node, None, text, reason=Wait.CLAIM, missing_claim=claim)
     what = message.partition(" preemption: ")[0]
-    return Active(node, None, f"not scheduled: {what}".rstrip(": "), reason="Unschedulable")
+    return Active(node, None, f"not scheduled: {what}".rstrip(": "), reason=wait_of(what))
 
 
 def _stage_containers(pod: Raw) -> list[Raw]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from qlora_api.exchange import Stage, claim_of
+from qlora_api.exchange import Recipe, Stage, claim_of
 from qlora_api.support import unsupported
 from qlora_api.v1alpha1 import Attempt, JobStatus, Phase, Plan, Progress, WorkVolume
 from qlora_operator import planner
@@ -20,6 +20,7 @@ from qlora_operator.lifecycle.claims import fields_on
 from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
 from qlora_operator.lifecycle.milestones import in_brief, milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
+from qlora_operator.lifecycle.pending import FOR_HARDWARE
 from qlora_operator.lifecycle.progress import percent, progress
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, is_done, tasks
@@ -58,8 +59,8 @@ def output_claim(job: Job) -> str | None:
     return claim_of(uri)[0] if uri.startswith("pvc://") else None
 
 
-def needs_nodes(job: Job) -> bool:
-    """Whether a decision about `job` will look at the cluster's nodes: it is to be planned."""
+def is_to_be_planned(job: Job) -> bool:
+    """Whether the cluster's nodes are to be looked at for a plan, the first or another."""
     plan = job.status.plan
     if job.status.inspection is None or job.status.phase in FINISHED or is_done(job.status, TRAIN):
         return False
@@ -256,14 +257,12 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     """Size and place; anew when hardware or pod template were edited while suspended."""
     inspection = job.status.inspection
     old = job.status.plan
-    if inspection is None or not needs_nodes(job):
+    if inspection is None or not is_to_be_planned(job):
         return None
     if running := [(task, n) for task, n, _ in _in_state(job, seen, Active) if task == TRAIN]:
         situation = Situation(Phase.PLANNING, "Replanning", "stopping train, with a checkpoint, to plan it anew")
         return _say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in running), after=SOON)
-    begun = bool(ended(job.status, TRAIN)) or job.status.work_volume is not None
-    keep = old.recipe if old and begun else None
-    made = planner.plan(job.spec, inspection, seen.nodes or (), tolerations=seen.tolerations, keep=keep)
+    made = planner.plan(job.spec, inspection, seen.inventory or Inventory(), seen.installation, keep=_begun(job))
     if isinstance(made, Plan):
         made = _not_larger_than_what_fitted(made, job.status)
         planned = job.status.model_copy(
@@ -277,7 +276,13 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
         return _say(Job(job.metadata, job.spec, planned), seen, now, situation, after=NOW)
     if made.final:
         return _fail(job, seen, now, made.reason, made.message)
-    return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message), after=WHEN_NODES_CHANGE)
+    return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message))
+
+
+def _begun(job: Job) -> Recipe | None:
+    """The recipe of a training that may have left checkpoints."""
+    begun = bool(ended(job.status, TRAIN)) or job.status.work_volume is not None
+    return job.status.plan.recipe if job.status.plan and begun else None
 
 
 def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
@@ -427,13 +432,19 @@ def _underway(job: Job, seen: Observed) -> Situation:
         phase = PHASE_OF[first.stage] if first else Phase.PUBLISHING
         return Situation(phase, "Starting", f"starting {', '.join(task.name for task, _ in todo)}" if todo else "done")
     phase = PHASE_OF[at_work[0][0].stage]
-    message = "; ".join(f"{task.name} {_doing(job, state)}" for task, state in at_work)
+    message = "; ".join(f"{task.name} {_doing(job, seen, task, state)}" for task, state in at_work)
     if not all(state.waiting for _, state in at_work):
         return Situation(phase, "Running", message)
     return Situation(Phase.SCHEDULING if phase is Phase.TRAINING else phase, at_work[0][1].reason, message)
 
 
-def _doing(job: Job, state: Active) -> str:
+def _doing(job: Job, seen: Observed, task: Task, state: Active) -> str:
+    inspection, plan = job.status.inspection, job.status.plan
+    if task == TRAIN and state.waiting and state.reason in FOR_HARDWARE and inspection and plan and plan.gpus:
+        cure = planner.advice(
+            job.spec, inspection, plan, seen.inventory or Inventory(), seen.installation, keep=_begun(job)
+        )
+        return f"waits: {state.waiting.rstrip('. ')}; {cure}"
     if state.missing_claim and (fields := fields_on(job.spec, state.missing_claim)):
         return f"waits: {', '.join(fields)}: {state.waiting}"
     return f"waits: {state.waiting}" if state.waiting else "is running"

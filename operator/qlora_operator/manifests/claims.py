@@ -18,7 +18,8 @@ def work_volume_claim(job: Job, settings: Settings) -> dict[str, Any]:
     storage = job.spec.storage
     size = storage.size or f"{-(-job.status.plan.disk_bytes // MIB)}Mi"
     storage_class = storage.class_name or settings.storage_class
-    spec: dict[str, Any] = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}}
+    mode = "ReadWriteMany" if job.status.plan.nodes > 1 else "ReadWriteOnce"
+    spec: dict[str, Any] = {"accessModes": [mode], "resources": {"requests": {"storage": size}}}
     if storage_class:
         spec["storageClassName"] = storage_class
     return {

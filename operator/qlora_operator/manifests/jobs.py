@@ -17,22 +17,21 @@ from qlora_api.exchange import (
     claim_of,
     is_claim,
 )
-from qlora_api.v1alpha1 import Plan, spec
+from qlora_api.v1alpha1 import spec
 from qlora_operator.lifecycle.answers import Outcome
-from qlora_operator.lifecycle.observed import CONTAINER, TEMPLATE, Job
+from qlora_operator.lifecycle.observed import CONTAINER, QUEUE_LABEL, TEMPLATE, Job
 from qlora_operator.lifecycle.policies import template_of, work_claim
-from qlora_operator.lifecycle.tasks import Task, ended
-from qlora_operator.manifests import reporting
+from qlora_operator.lifecycle.tasks import TRAIN, Task, ended
+from qlora_operator.manifests import gpus, ranks, reporting
 from qlora_operator.manifests.names import child_metadata, labels
 from qlora_operator.manifests.orders import ORDER_KEY
 from qlora_operator.manifests.reporting import Endpoint
-from qlora_operator.placement.choice import with_headroom
-from qlora_operator.placement.flavours import MEMORY, MIB, PRODUCT, RESOURCE
-from qlora_operator.planner import CPU, GPU_TOLERATION
+from qlora_operator.placement.flavours import MIB
+from qlora_operator.planner import CPU, GPU_TOLERATIONS
 from qlora_operator.settings import Settings
 
 USER = 65532
-HOSTNAME = "kubernetes.io/hostname"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 SCRATCH_LIMIT = f"{SCRATCH_GIB}Gi"
 SCRATCH_MOUNT = "/tmp"
 SECRET_MODE = 0o440  # for the pod's group, which fsGroup makes the owner
@@ -67,17 +66,29 @@ def stage_job(
     """The Job that runs `task`'s attempt; its order is the ConfigMap of the same name. Only train reports progress."""
     endpoint = endpoint if task.stage is Stage.TRAIN else None
     name = task.job_name(job.metadata.name, attempt)
+    metadata = child_metadata(job, name, task)
+    metadata["labels"] |= _queue_labels(job, task)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {**child_metadata(job, name, task), "annotations": {TEMPLATE: template_of(job)}},
+        "metadata": {**metadata, "annotations": {TEMPLATE: template_of(job)}},
         "spec": {
             "backoffLimit": 0,
             "podFailurePolicy": POD_FAILURE_POLICY,
             "podReplacementPolicy": "Failed",  # never two pods at one work directory
+            **ranks.indexed(job.status.plan if task == TRAIN else None),
             "template": {"metadata": _pod_metadata(job, task), "spec": _pod(job, task, name, settings, endpoint)},
         },
     }
+
+
+def _queue_labels(job: Job, task: Task) -> dict[str, str]:
+    """Kueue's, for the training: it suspends the Job until there is room, and puts its flavour's selectors in."""
+    queue = job.spec.queue
+    if queue is None or task != TRAIN:
+        return {}
+    labels = {QUEUE_LABEL: queue.name}
+    return labels | ({PRIORITY_LABEL: queue.priority_class} if queue.priority_class else {})
 
 
 def _pod_metadata(job: Job, task: Task) -> dict[str, Any]:
@@ -91,18 +102,25 @@ def _pod_metadata(job: Job, task: Task) -> dict[str, Any]:
 def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoint | None) -> dict[str, Any]:
     template = job.spec.pod_template
     on_gpu = task.stage is Stage.TRAIN and job.spec.hardware.accelerator != CPU
+    plan = job.status.plan if on_gpu else None
     mounts = _mounts(job, task, order, endpoint)
+    if plan is not None and plan.gpus > 1:
+        mounts.append((gpus.SHARED_MEMORY, {"name": gpus.SHARED_MEMORY["name"], "mountPath": "/dev/shm"}))
     environment = {**(reporting.environment(job, endpoint) if endpoint else {}), **settings.stage_env}
     pull_secrets = [*settings.image_pull_secrets, *(s.name for s in template.image_pull_secrets or ())]
     tolerations = [
         *settings.tolerations,
         *(t.to_api() for t in template.tolerations or ()),
-        *([GPU_TOLERATION] if on_gpu else []),
+        *(GPU_TOLERATIONS if on_gpu else ()),
     ]
     optional = {
-        "affinity": _affinity(job.status.plan if on_gpu else None, _unfit_nodes(job, task)),
+        "affinity": gpus.affinity(plan, job, _unfit_nodes(job, task)),
         "imagePullSecrets": [{"name": secret} for secret in dict.fromkeys(pull_secrets)],
         "nodeSelector": dict(template.node_selector or {}),
+        "resourceClaims": [{"name": gpus.CLAIM, "resourceClaimTemplateName": order}]
+        if plan is not None and gpus.uses_dra(job)
+        else None,
+        "subdomain": ranks.service_name(order) if plan is not None and plan.nodes > 1 else None,
         "priorityClassName": template.priority_class_name,
         "runtimeClassName": template.runtime_class_name if on_gpu else None,
         "serviceAccountName": template.service_account_name,
@@ -124,9 +142,12 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
         "containers": [
             {
                 "name": CONTAINER,
-                "image": template.image or settings.trainer_image,
+                "image": _image(job, settings, on_gpu=on_gpu),
                 "imagePullPolicy": settings.image_pull_policy,
-                "env": [{"name": key, "value": value} for key, value in sorted(environment.items())],
+                "env": [
+                    *({"name": key, "value": value} for key, value in sorted(environment.items())),
+                    *ranks.environment(plan, order),
+                ],
                 **({"ports": [reporting.PORT]} if task.stage is Stage.TRAIN else {}),
                 "resources": _resources(job, task, settings, on_gpu=on_gpu),
                 "securityContext": CONTAINER_SECURITY,
@@ -142,6 +163,11 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
     }
 
 
+def _image(job: Job, settings: Settings, *, on_gpu: bool) -> str:
+    amd = settings.amd_trainer_image if on_gpu and job.spec.hardware.accelerator == "amd" else None
+    return job.spec.pod_template.image or amd or settings.trainer_image
+
+
 def _resources(job: Job, task: Task, settings: Settings, *, on_gpu: bool) -> dict[str, Any]:
     if task.stage is not Stage.TRAIN:
         stage = settings.cpu_stages
@@ -151,26 +177,9 @@ def _resources(job: Job, task: Task, settings: Settings, *, on_gpu: bool) -> dic
     if plan is not None:
         requests["memory"] = f"{-(-plan.host_memory_bytes // MIB)}Mi"
         if on_gpu:
-            limits[RESOURCE] = str(plan.gpus_per_node)
-    return {"requests": requests, "limits": limits}
-
-
-def _affinity(plan: Plan | None, unfit: Sequence[str]) -> dict[str, Any] | None:
-    """The planned flavour, by its labels, and rather another node than those that an attempt has found unfit."""
-    node: dict[str, Any] = {}
-    if plan is not None:
-        needed = with_headroom(plan.memory.total_bytes, plan.memory.headroom_percent)
-        expressions = [
-            {"key": PRODUCT, "operator": "In", "values": [plan.flavour]},
-            {"key": MEMORY, "operator": "Gt", "values": [str(-(-needed // MIB) - 1)]},
-        ]
-        node["requiredDuringSchedulingIgnoredDuringExecution"] = {
-            "nodeSelectorTerms": [{"matchExpressions": expressions}]
-        }
-    if unfit:  # not required: where there is no other, its driver may have come back
-        others = {"matchExpressions": [{"key": HOSTNAME, "operator": "NotIn", "values": list(unfit)}]}
-        node["preferredDuringSchedulingIgnoredDuringExecution"] = [{"weight": 100, "preference": others}]
-    return {"nodeAffinity": node} if node else None
+            limits |= gpus.limits(plan, job)
+    claims = {"claims": [{"name": gpus.CLAIM}]} if on_gpu and gpus.uses_dra(job) else {}
+    return {"requests": requests, "limits": limits, **claims}
 
 
 def _unfit_nodes(job: Job, task: Task) -> list[str]:

@@ -86,6 +86,8 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
         micro_batch_size=plan.micro_batch_size,
         gradient_accumulation=plan.gradient_accumulation,
         accelerator=plan.accelerator,
+        nodes=plan.nodes,
+        ranks_per_node=max(1, plan.gpus_per_node),
         cpu_allowed=settings.cpu_allowed,
         checkpoint_every_seconds=duration_seconds(job.spec.checkpoint.every),
         checkpoint_keep=job.spec.checkpoint.keep,

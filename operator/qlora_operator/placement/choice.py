@@ -1,9 +1,11 @@
-"""The choice: which flavour, which method, which micro-batch. Pure."""
+"""The choice: which flavour, how many GPUs, which method, which micro-batch; and why not the others. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 from qlora_api.exchange import ModelShape, Recipe
 from qlora_operator.placement.flavours import Flavour, Refused
@@ -11,17 +13,59 @@ from qlora_operator.sizing.memory import GIB, Memory, training_memory
 
 #: Below this a step is bound by dequantising weights, not by arithmetic (training.md: three dequantisations a step).
 TOKENS_PER_MICRO_BATCH = 4096
+#: GPUs of one node that work together: as the links between them are laid out.
+PER_NODE = (1, 2, 4, 8, 16)
+#: Settings that take less memory: field of the recipe, its value, and how a user asks for it.
+_SAVINGS = (
+    ("gradient_checkpointing", True, "with training.gradientCheckpointing"),
+    ("method", "qlora", "with method qlora"),
+    ("offload", "activations", "with training.offload activations"),
+)
+#: Shorter sequences are tried in these steps, from the job's own downwards, to say which would fit.
+LENGTH_STEP, SHORTEST = 64, 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """GPUs over nodes; all of them share the weights (FSDP) where there are several."""
+
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def __str__(self) -> str:
+        return f"{self.gpus} GPU{'s' * (self.gpus > 1)}" + (f" on {self.nodes} nodes" if self.nodes > 1 else "")
+
+
+ONE_GPU = Layout(1, 1)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user has fixed of the choice; None: decided here."""
+
+    gpus: int | None = None
+    nodes: int | None = None
+    max_gpus: int = 8
+    micro_batch_size: int | None = None
+    headroom_percent: int = 15
+    #: Of one GPU of a product for an hour; products that are not named are not compared by it.
+    prices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A recipe on a flavour that has the memory for it."""
+    """A recipe on GPUs that have the memory for it."""
 
     flavour: Flavour
+    layout: Layout
     recipe: Recipe
     micro_batch_size: int
     memory: Memory
-    rejected: tuple[Refused, ...]
+    rejected: tuple[Refused, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,31 +81,110 @@ class Infeasible:
         return "; ".join(f"{r.product}: {r.reason}" for r in self.rejected)
 
 
-def micro_batches(recipe: Recipe, wanted: int | None) -> list[int]:
-    """Micro-batch sizes to try, the best first: `wanted` alone, or every divisor of the effective batch that is not
-    larger than needed for `TOKENS_PER_MICRO_BATCH`, from the largest."""
+#: From a count of GPUs to the recipes for it, in order of preference; empty where there is none.
+Recipes = Callable[[int], Sequence[Recipe]]
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A way to train on one flavour. Options of all flavours are compared by `key`, the smallest first."""
+
+    flavour: Flavour
+    layout: Layout
+    rank: int
+    recipe: Recipe
+    micro_batch_size: int
+    few_tokens: bool
+    memory: Memory
+    price: float
+
+    @property
+    def key(self) -> tuple[int, int, int, bool, int, float, int, str]:
+        flavour, layout = self.flavour, self.layout
+        hourly = self.price * layout.gpus
+        size = -self.micro_batch_size
+        return (
+            layout.nodes,
+            layout.gpus,
+            self.rank,
+            self.few_tokens,
+            _as_sold(flavour),
+            hourly,
+            size,
+            flavour.product,
+        )
+
+
+def choose(
+    shape: ModelShape,
+    recipes: Recipes,
+    flavours: Sequence[Flavour],
+    refused: Sequence[Refused] = (),
+    *,
+    wishes: Wishes,
+) -> Placed | Infeasible:
+    """The GPUs to train on.
+
+    Preferred, in this order: the fewest nodes, the fewest GPUs, the recipe that comes first, at least
+    `TOKENS_PER_MICRO_BATCH` tokens per micro-batch, the smallest GPU, the lowest price, the largest micro-batch, the
+    name. By what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler queues.
+    """
+    search = _Search(shape, recipes, wishes)
+    options = [option for flavour in flavours if (option := search.best_on(flavour))]
+    able = {option.flavour.product for option in options}
+    lacking = {f.product: f for f in sorted(flavours, key=search.capacity) if f.product not in able}
+    rejected = [*refused, *(Refused(product, search.why_not(flavour)) for product, flavour in lacking.items())]
+    if not options:
+        return Infeasible(tuple(rejected))
+    best = min(options, key=lambda option: option.key)
+    others: dict[str, _Option] = {}
+    for option in sorted(options, key=lambda option: option.key):
+        others.setdefault(option.flavour.product, option)
+    others.pop(best.flavour.product)
+    rejected += [Refused(product, _why_rather(best, other)) for product, other in others.items()]
+    return Placed(best.flavour, best.layout, best.recipe, best.micro_batch_size, best.memory, tuple(rejected))
+
+
+def layouts(flavour: Flavour, wishes: Wishes) -> list[Layout]:
+    """The ways in which GPUs of `flavour` can be put together within `wishes`, the preferred first.
+
+    In one node 1, 2, 4, 8 …; in several, of each the largest such number. Slices of a GPU work alone.
+    """
+    most = min(wishes.max_gpus, wishes.gpus or wishes.max_gpus)
+    per_node = min(flavour.gpus_per_node, most)
+    if wishes.gpus is not None:
+        counts = [wishes.nodes] if wishes.nodes else range(1, min(flavour.nodes, wishes.gpus) + 1)
+        found = [Layout(nodes, wishes.gpus // nodes) for nodes in counts if wishes.gpus % nodes == 0]
+    elif wishes.nodes is not None:
+        found = [Layout(wishes.nodes, count) for count in PER_NODE]
+    else:
+        whole = max(count for count in PER_NODE if count <= max(1, per_node))
+        several = (2**doublings for doublings in range(1, 8))
+        found = [Layout(1, count) for count in PER_NODE] + [Layout(nodes, whole) for nodes in several]
+    return [
+        layout
+        for layout in found
+        if layout.gpus <= most
+        and layout.gpus_per_node <= flavour.gpus_per_node
+        and layout.nodes <= flavour.nodes
+        and (layout == ONE_GPU or not flavour.partition)
+    ]
+
+
+def micro_batches(recipe: Recipe, wanted: int | None, gpus: int = 1) -> list[int]:
+    """Micro-batch sizes to try, the best first: `wanted` alone, or every divisor of one GPU's share of the effective
+    batch that is not larger than needed for `TOKENS_PER_MICRO_BATCH`, from the largest.
+
+    Empty where `gpus` cannot share the effective batch evenly, or not in micro-batches of that size.
+    """
+    share, rest = divmod(recipe.effective_batch_size, gpus)
+    if rest or (wanted is not None and share % wanted):
+        return []
     if wanted is not None:
         return [wanted]
-    divisors = [n for n in range(1, recipe.effective_batch_size + 1) if recipe.effective_batch_size % n == 0]
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
     enough = next((n for n in divisors if n * recipe.max_length >= TOKENS_PER_MICRO_BATCH), divisors[-1])
     return [n for n in reversed(divisors) if n <= enough]
-
-
-def largest_fitting(
-    shape: ModelShape,
-    recipe: Recipe,
-    sizes: Sequence[int],
-    *,
-    device_bytes: int,
-    headroom_percent: int,
-    gpu: bool = True,
-) -> tuple[int, Memory] | None:
-    """The first of `sizes` (sequences per micro-batch) whose memory and headroom fit `device_bytes`, or None."""
-    for size in sizes:
-        memory = training_memory(shape, recipe, micro_batch_size=size, gpu=gpu)
-        if with_headroom(memory.total_bytes, headroom_percent) <= device_bytes:
-            return size, memory
-    return None
 
 
 def with_headroom(memory_bytes: int, headroom_percent: int) -> int:
@@ -69,66 +192,142 @@ def with_headroom(memory_bytes: int, headroom_percent: int) -> int:
     return memory_bytes * (100 + headroom_percent) // 100
 
 
-def choose(
-    shape: ModelShape,
-    recipes: Sequence[Recipe],
-    flavours: Sequence[Flavour],
-    refused: Sequence[Refused] = (),
-    *,
-    micro_batch_size: int | None,
-    headroom_percent: int,
-) -> Placed | Infeasible:
-    """The flavour to train on with one GPU.
+class _Search:
+    """One job's options, and the reasons where there are none. What a training takes is worked out once."""
 
-    `recipes` in order of preference (LoRA before QLoRA). Preferred, in this order: the recipe that comes first, at
-    least `TOKENS_PER_MICRO_BATCH` tokens per micro-batch, the smallest GPU, the largest micro-batch, the name.
-    """
-    candidates = []
-    rejected = list(refused)
-    for flavour in flavours:
-        fits = [
-            (rank, recipe, *found)
-            for rank, recipe in enumerate(recipes)
-            if (
-                found := largest_fitting(
-                    shape,
-                    recipe,
-                    micro_batches(recipe, micro_batch_size),
-                    device_bytes=flavour.memory_bytes,
-                    headroom_percent=headroom_percent,
-                )
+    def __init__(self, shape: ModelShape, recipes: Recipes, wishes: Wishes) -> None:
+        self._shape, self._wishes = shape, wishes
+        self._recipes = cache(lambda gpus: tuple(recipes(gpus)))
+        self._memories: dict[tuple[int, int, int], Memory] = {}
+        self._changed: dict[tuple[int, str, Any], Recipe] = {}
+
+    def memory(self, recipe: Recipe, size: int, gpus: int) -> Memory:
+        key = (id(recipe), size, gpus)  # all recipes live as long as the search: comparing them whole takes longer
+        if key not in self._memories:
+            self._memories[key] = training_memory(self._shape, recipe, micro_batch_size=size, gpus=gpus)
+        return self._memories[key]
+
+    def _with(self, recipe: Recipe, name: str, value: Any) -> Recipe:
+        key = (id(recipe), name, value)
+        if key not in self._changed:
+            self._changed[key] = recipe.model_copy(update={name: value})
+        return self._changed[key]
+
+    def best_on(self, flavour: Flavour) -> _Option | None:
+        wishes = self._wishes
+        for layout in layouts(flavour, wishes):
+            for rank, recipe in enumerate(self._recipes(layout.gpus)):
+                sizes = micro_batches(recipe, wishes.micro_batch_size, layout.gpus)
+                if not sizes or not self._fits(recipe, sizes[-1], layout.gpus, flavour):
+                    continue
+                size = next(size for size in sizes if self._fits(recipe, size, layout.gpus, flavour))
+                few = wishes.micro_batch_size is None and size < sizes[0]
+                price = wishes.prices.get(flavour.product, 0.0)
+                memory = self.memory(recipe, size, layout.gpus)
+                return _Option(flavour, layout, rank, recipe, size, few, memory, price)
+        return None
+
+    def capacity(self, flavour: Flavour) -> tuple[int, int]:
+        """Flavours of one product are told apart by it: the one that comes last is spoken of."""
+        return max((layout.gpus for layout in layouts(flavour, self._wishes)), default=0), flavour.memory_bytes
+
+    def why_not(self, flavour: Flavour) -> str:
+        """Why nothing fits on `flavour`, in numbers, and what would."""
+        wishes = self._wishes
+        possible = layouts(flavour, wishes)
+        if not possible:
+            return self._no_layout(flavour)
+        tried = [(layout, recipe) for layout in possible for recipe in self._recipes(layout.gpus)]
+        if not tried:
+            return f"no recipe that was asked for runs on {possible[-1]}"
+        shared = [pair for pair in tried if micro_batches(pair[1], wishes.micro_batch_size, pair[0].gpus)]
+        if not shared:
+            effective = tried[0][1].effective_batch_size
+            of = f" in micro-batches of {wishes.micro_batch_size}" if wishes.micro_batch_size else ""
+            return (
+                f"{tried[0][0]} cannot share training.effectiveBatchSize {effective} evenly{of}: make it a multiple "
+                f"of {tried[0][0].gpus * (wishes.micro_batch_size or 1)}"
             )
-        ]
-        if not fits:
-            rejected.append(
-                Refused(flavour.product, _too_small(shape, recipes[-1], flavour, micro_batch_size, headroom_percent))
-            )
-        for rank, recipe, size, memory in fits:
-            few_tokens = micro_batch_size is None and size < micro_batches(recipe, None)[0]
-            key = (rank, few_tokens, flavour.memory_bytes, -size, flavour.product)
-            candidates.append((key, Placed(flavour, recipe, size, memory, ())))
-    if not candidates:
-        return Infeasible(tuple(rejected))
-    _, best = min(candidates, key=lambda candidate: candidate[0])
-    others = {
-        f.product: Refused(f.product, _not_needed(f, best)) for f in flavours if f.product != best.flavour.product
-    }
-    rejected_products = {r.product for r in rejected}
-    rejected += [refusal for product, refusal in others.items() if product not in rejected_products]
-    return Placed(best.flavour, best.recipe, best.micro_batch_size, best.memory, tuple(rejected))
+        layout, recipe = shared[-1]  # the most GPUs, the recipe that takes the least
+        size = micro_batches(recipe, wishes.micro_batch_size, layout.gpus)[-1]
+        need = self._need(recipe, size, layout.gpus)
+        short = need - flavour.memory_bytes
+        sentence = (
+            f"{flavour.memory_bytes / GIB:.1f} GiB ×{layout.gpus}: {recipe.method} at micro-batch {size} × "
+            f"{recipe.max_length} tokens needs {need / GIB:.1f} GiB, short by {short / GIB:.1f} GiB"
+        )
+        cures = list(self._cures(flavour, layout, recipe, size))
+        return f"{sentence}; fits {' or '.join(cures)}" if cures else sentence
+
+    def _no_layout(self, flavour: Flavour) -> str:
+        wishes = self._wishes
+        has = f"{flavour.nodes} node{'s' * (flavour.nodes > 1)} of {flavour.gpus_per_node}"
+        if flavour.partition and (wishes.gpus or 1) * (wishes.nodes or 1) > 1:
+            return "slices of a GPU cannot work together"
+        asked = [f"hardware.gpus {wishes.gpus}"] if wishes.gpus else []
+        asked += [f"hardware.nodes {wishes.nodes}"] if wishes.nodes else []
+        return f"has {has} GPU{'s' * (flavour.gpus_per_node > 1)}, too few for {' and '.join(asked) or 'any'}"
+
+    def _cures(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int) -> Iterable[str]:
+        """Changes that a user can make, each tried alone."""
+        wishes = self._wishes
+        if wishes.micro_batch_size and self._fits(recipe, 1, layout.gpus, flavour) and size > 1:
+            yield "with training.microBatchSize 1"
+        if length := self._longest(flavour, layout, recipe, size):
+            yield f"with dataset.maxLength ≤ {length}"
+        for name, value, words in _SAVINGS:
+            if getattr(recipe, name) == value:
+                continue
+            if self._fits(self._with(recipe, name, value), size, layout.gpus, flavour):
+                yield words
+        unlimited = Wishes(max_gpus=1024, headroom_percent=wishes.headroom_percent)
+        for more in layouts(flavour, unlimited):
+            if more.gpus <= layout.gpus:
+                continue
+            if any(
+                self._fits(other, sizes[-1], more.gpus, flavour)
+                for other in self._recipes(more.gpus)[-1:]
+                if (sizes := micro_batches(other, None, more.gpus))
+            ):
+                yield f"on {more} (hardware.{'gpus' if wishes.gpus else 'maxGPUs'})"
+                return
+
+    def _longest(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int) -> int | None:
+        """The longest of some shorter sequences that fits, in tokens. The same are tried for every flavour."""
+        lengths = [recipe.max_length * share // 12 // LENGTH_STEP * LENGTH_STEP for share in (10, 8, 6, 4, 3, 2, 1)]
+        for length in lengths:
+            shorter = self._with(recipe, "max_length", length)
+            if length >= SHORTEST and self._fits(shorter, size, layout.gpus, flavour):
+                return length
+        return None
+
+    def _fits(self, recipe: Recipe, size: int, gpus: int, flavour: Flavour) -> bool:
+        return self._need(recipe, size, gpus) <= flavour.memory_bytes
+
+    def _need(self, recipe: Recipe, size: int, gpus: int) -> int:
+        return with_headroom(self.memory(recipe, size, gpus).total_bytes, self._wishes.headroom_percent)
 
 
-def _too_small(shape: ModelShape, recipe: Recipe, flavour: Flavour, wanted: int | None, headroom_percent: int) -> str:
-    smallest = micro_batches(recipe, wanted)[-1]
-    memory = training_memory(shape, recipe, micro_batch_size=smallest)
-    need = with_headroom(memory.total_bytes, headroom_percent) / GIB
-    return (
-        f"has {flavour.memory_bytes / GIB:.1f} GiB, {recipe.method} at micro-batch {smallest} × {recipe.max_length} "
-        f"tokens needs {need:.1f} GiB with {headroom_percent} % headroom"
-    )
+def _as_sold(flavour: Flavour) -> int:
+    """A GPU's size as its name gives it, in steps of 4 GiB: of cards of 80 GB none is the smaller for what its driver
+    keeps."""
+    return round(flavour.memory_bytes / (4 * GIB))
 
 
-def _not_needed(flavour: Flavour, best: Placed) -> str:
-    if flavour.memory_bytes >= best.flavour.memory_bytes:
-        return f"would do; {best.flavour.product} is smaller and fits"
-    return f"fits only with less than {best.recipe.method} at micro-batch {best.micro_batch_size}"
+def _why_rather(best: _Option, other: _Option) -> str:
+    """The first preference by which `best` comes before `other`."""
+    on = f"{best.flavour.product} "
+    if other.layout.nodes > best.layout.nodes:
+        return f"would do on {other.layout}; {on}does on {best.layout}"
+    if other.layout.gpus > best.layout.gpus:
+        return f"would do with {other.layout}; {on}does with {best.layout}"
+    if other.rank > best.rank:
+        return f"fits {other.recipe.method} only; {on}fits {best.recipe.method}"
+    if other.few_tokens and not best.few_tokens:
+        tokens = other.micro_batch_size * other.recipe.max_length
+        return f"fits {tokens} tokens at a time only; {on}fits {best.micro_batch_size * best.recipe.max_length}"
+    if _as_sold(other.flavour) > _as_sold(best.flavour):
+        return f"would do; {on}is smaller and fits"
+    if other.price * other.layout.gpus > best.price * best.layout.gpus:
+        return f"would do; {on}costs less"
+    return f"would do as well; {on}comes first by name"

@@ -6,7 +6,7 @@ Nothing here is fitted but `FRAGMENTATION`: a step of the training is walked thr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -27,6 +27,7 @@ OPTIMIZER_BYTES = {
     "adamw_bnb_8bit": 2.03,
     "paged_adamw_8bit": 2.03,
 }
+CONTEXT = "CUDA context"
 #: The driver's context and the loaded kernels, outside the allocator: 0.14 GiB on a T4 (fitcheck-llm 0.3.1), up to 0.6
 #: on Hopper.
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)
@@ -69,15 +70,17 @@ def lora_parameters(shape: ModelShape, *, rank: int, target_modules: list[str]) 
     return sum(rank * (m.in_features + m.out_features) * m.count for m in shape.linear if m.name in target_modules)
 
 
-def training_memory(shape: ModelShape, recipe: Recipe, *, micro_batch_size: int, gpu: bool = True) -> Memory:
+def training_memory(
+    shape: ModelShape, recipe: Recipe, *, micro_batch_size: int, gpus: int = 1, gpu: bool = True
+) -> Memory:
     """Peak memory of training `shape` by `recipe` with `micro_batch_size` sequences at a time, in bytes.
 
     `gpu=False` gives the process' resident memory on a CPU: no context, and Python itself instead.
     """
-    peak = peak_of(our_training(decoder_of(shape), recipe, micro_batch_size))
+    peak = peak_of(replace(our_training(decoder_of(shape), recipe, micro_batch_size), gpus=gpus))
     items = [Item(name, size) for name, size in peak.items.items() if size]
     items.append(Item("fragmentation", int(FRAGMENTATION * sum(item.bytes for item in items))))
-    items.append(Item("CUDA context", CUDA_CONTEXT_BYTES) if gpu else Item("Python and libraries", PYTHON_BYTES))
+    items.append(Item(CONTEXT, CUDA_CONTEXT_BYTES) if gpu else Item("Python and libraries", PYTHON_BYTES))
     return Memory(tuple(items))
 
 
