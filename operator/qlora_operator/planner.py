@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.exchange import Inspection, ModelShape, Recipe
-from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
+from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected
 from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
-from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
+from qlora_operator.placement.flavours import Demands, Refused
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
 from qlora_operator.sizing.training import DTYPE_BYTES
 
@@ -29,12 +30,12 @@ class Unfit:
 def plan(
     spec: JobSpec,
     inspection: Inspection,
-    nodes: Sequence[Mapping[str, Any]],
+    inventory: Inventory,
     *,
     tolerations: Sequence[Mapping[str, Any]] = (),
     keep: Recipe | None = None,
 ) -> Plan | Unfit:
-    """How to run the job on `nodes` (raw Node objects).
+    """How to run the job on the cluster's nodes.
 
     `tolerations` are the installation's, besides the job's own. `keep` is the recipe of a training that has begun: its
     checkpoints are bound to it, so only the place may change.
@@ -47,18 +48,19 @@ def plan(
     on_cpu = spec.hardware.accelerator == CPU
     given = [*tolerations, *(t.to_api() for t in spec.pod_template.tolerations or ())]
     demands = Demands(
+        accelerator=spec.hardware.accelerator,
         products=tuple(spec.hardware.gpu_products or ()),
         node_selector=spec.pod_template.node_selector,
         tolerations=tuple(given) if on_cpu else (GPU_TOLERATION, *given),
     )
     if on_cpu:
-        return _plan_on_cpu(spec, inspection, candidates, [node for node in nodes if not closed(node, demands)])
-    found, refused = flavours(nodes, demands)
+        return _plan_on_cpu(spec, inspection, candidates, inventory.largest_memory_bytes(demands))
+    offers = inventory.offers(demands)
     choice = choose(
         inspection.shape,
         candidates,
-        found,
-        refused,
+        offers.flavours,
+        offers.refused,
         micro_batch_size=spec.training.micro_batch_size,
         headroom_percent=spec.hardware.headroom_percent,
     )
@@ -147,11 +149,8 @@ def with_half_the_micro_batch(plan: Plan, inspection: Inspection) -> Plan:
     )
 
 
-def _plan_on_cpu(
-    spec: JobSpec, inspection: Inspection, candidates: Sequence[Recipe], nodes: Sequence[Mapping[str, Any]]
-) -> Plan | Unfit:
-    """The first recipe that fits the memory of the largest of `nodes`."""
-    largest = max((_allocatable_memory(node) for node in nodes), default=0)
+def _plan_on_cpu(spec: JobSpec, inspection: Inspection, candidates: Sequence[Recipe], largest: int) -> Plan | Unfit:
+    """The first recipe that fits `largest`, the memory of the largest node in bytes."""
     for recipe in candidates:
         sizes = micro_batches(recipe, spec.training.micro_batch_size)
         headroom = spec.hardware.headroom_percent
@@ -175,16 +174,6 @@ def _plan_on_cpu(
         f"no node that the job may run on has the memory: {need / GIB:.1f} GiB needed, the largest has "
         f"{largest / GIB:.1f}. {_CURE}",
     )
-
-
-def _allocatable_memory(node: Mapping[str, Any]) -> int:
-    text = node.get("status", {}).get("allocatable", {}).get("memory", "0")
-    if text.endswith("m"):  # thousandths: seen where a kubelet's reservation is a percentage
-        return int(text[:-1]) // 1000
-    try:
-        return int(float(text))
-    except ValueError:
-        return quantity_bytes(text)
 
 
 def _as_plan(

@@ -22,8 +22,10 @@ from qlora_operator.manifests.jobs import stage_job
 from qlora_operator.manifests.orders import config_map
 from qlora_operator.manifests.reporting import Endpoint
 from qlora_operator.metrics import Metrics
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.reports import Reports
 from qlora_operator.settings import Settings
+from qlora_operator.waiting import Waiting, waits_for_gpus
 from qlora_operator.workqueue import Key
 
 log = logging.getLogger(__name__)
@@ -45,12 +47,16 @@ class Reconciler:
         self,
         cluster: Cluster,
         settings: Settings,
+        inventory: Inventory,
+        waiting: Waiting,
         reports: Reports | None = None,
         endpoint: Endpoint | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._inventory = inventory
+        self._waiting = waiting
         self._metrics = metrics or Metrics()
         self._reports = reports
         self._endpoint = endpoint
@@ -62,15 +68,18 @@ class Reconciler:
 
     async def __call__(self, key: Key) -> timedelta | None:
         """One pass over the job `key`; when to look again. Raises `ApiError` when the API server refuses a call."""
+        self._waiting.add(key)  # nodes may change while this pass looks at them
         raw = await self._cluster.job(*key)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             self._metrics.forget(key)
+            self._waiting.discard(key)
             return None  # its children go with it, by their ownerReferences
         self._metrics.observe(key, raw.get("status", {}))
         now = datetime.now(UTC)
         try:
             document = QLoRAJob.read(raw)
         except ValidationError as error:
+            self._waiting.discard(key)
             await self._say_unreadable(raw, problems(error), now)
             return None
         job = Job(document.metadata, document.spec, document.status)
@@ -82,6 +91,8 @@ class Reconciler:
             if job.status.phase not in FINISHED:
                 await self._write(raw, job.status, call_refused(job, "ApiError", str(error), now), now)
             raise
+        if not waits_for_gpus(step.status):
+            self._waiting.discard(key)
         if any(isinstance(action, Start) for action in step.actions):
             return step.after  # where hundreds come at once, all are started before any is told of
         if progress_alone(job.status, step.status) and (left := self._until_next_write(job, now)):
@@ -109,9 +120,9 @@ class Reconciler:
             claims[work_claim(job)] = claim is not None
             if (output := output_claim(job)) and job.status.work_volume is None:
                 claims[output] = await self._cluster.claim(namespace, output) is not None
-        nodes = await self._cluster.nodes() if needs_nodes(job) else None
+        inventory = self._inventory if needs_nodes(job) else None
         reported = self._reports.newest(job.metadata.uid) if self._reports else None
-        return Observed(attempts, claims, nodes, self._settings.tolerations, reported)
+        return Observed(attempts, claims, inventory, self._settings.tolerations, reported)
 
     async def _attempt(self, namespace: str, task: Task, name: str, owner: str) -> Seen:
         found = await self._cluster.stage_job(namespace, name)

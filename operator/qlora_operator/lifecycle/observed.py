@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_api.exchange import ProgressName, Report, parse_report
 from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
+from qlora_operator.placement.inventory import Inventory
 
 Raw = Mapping[str, Any]
 
@@ -90,12 +91,13 @@ class Reported:
 
 @dataclass(frozen=True)
 class Observed:
-    """Everything that a decision about one job looks at. `nodes` is None where they were not needed; `tolerations` are
+    """Everything that a decision about one job looks at. `inventory` is None where no
+    plan is to be made; `tolerations` are
     what the installation gives every pod; `reported` is None until a trainer has reported to this replica."""
 
     attempts: Mapping[str, Seen] = field(default_factory=dict)
     claims: Mapping[str, bool] = field(default_factory=dict)
-    nodes: Sequence[Raw] | None = None
+    inventory: Inventory | None = None
     tolerations: Sequence[Raw] = ()
     reported: Reported | None = None
 

@@ -23,12 +23,13 @@ from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observ
 from qlora_operator.lifecycle.progress import percent, progress
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, is_done, tasks
+from qlora_operator.placement.inventory import Inventory
 
 S = TypeVar("S", Absent, Stopping, Active, Ended)
 
 NOW = timedelta()
 SOON = timedelta(seconds=2)
-WHEN_NODES_CHANGE = timedelta(seconds=30)
+WHEN_CLAIMS_CHANGE = timedelta(seconds=30)
 
 FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
 PHASE_OF = {
@@ -263,7 +264,7 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
         return _say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in running), after=SOON)
     begun = bool(ended(job.status, TRAIN)) or job.status.work_volume is not None
     keep = old.recipe if old and begun else None
-    made = planner.plan(job.spec, inspection, seen.nodes or (), tolerations=seen.tolerations, keep=keep)
+    made = planner.plan(job.spec, inspection, seen.inventory or Inventory(), tolerations=seen.tolerations, keep=keep)
     if isinstance(made, Plan):
         made = _not_larger_than_what_fitted(made, job.status)
         planned = job.status.model_copy(
@@ -277,7 +278,8 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
         return _say(Job(job.metadata, job.spec, planned), seen, now, situation, after=NOW)
     if made.final:
         return _fail(job, seen, now, made.reason, made.message)
-    return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message), after=WHEN_NODES_CHANGE)
+    # no time to look again: it is queued when the cluster's nodes change
+    return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message))
 
 
 def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
@@ -331,7 +333,7 @@ def output_claim_is_missing(job: Job, seen: Observed, now: datetime) -> Step | N
     if job.status.work_volume is not None or claim is None or seen.claims.get(claim, True):
         return None
     message = f"spec.output.uri: there is no PersistentVolumeClaim {claim} in this namespace; create it"
-    return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
+    return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_CLAIMS_CHANGE)
 
 
 def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -347,7 +349,7 @@ def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | No
         return _fail(job, seen, now, "WorkVolumeLost", message)
     if job.spec.storage.claim_name is not None:
         message = f"spec.storage.claimName: there is no PersistentVolumeClaim {claim} in this namespace; create it"
-        return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
+        return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_CLAIMS_CHANGE)
     situation = Situation(Phase.SCHEDULING, "Claiming", f"claiming the work volume {claim}")
     return _say(job, seen, now, situation, actions=(CreateWorkVolume(),), after=NOW)
 

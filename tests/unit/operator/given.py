@@ -26,6 +26,7 @@ from qlora_api.v1alpha1 import Artifact, Attempt, JobStatus, MemoryItem, MemoryP
 from qlora_operator.lifecycle.observed import Ended, Job, Observed, Seen
 from qlora_operator.lifecycle.policies import output_claim, planned_for, work_claim
 from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task
+from qlora_operator.placement.inventory import Inventory
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
 UID = "1b9f7c52-0000-4000-8000-000000000000"
@@ -273,7 +274,7 @@ def seen(
     """What is there of `of`: attempts by the end of their names (`train-1`), its work volume's claim, its results'."""
     claims = {output_claim(of) or "": outputs, work_claim(of): claim}
     named = {f"{of.metadata.name}-{end}": state for end, state in (attempts or {}).items()}
-    return Observed(named, claims, None if nodes is None else list(nodes))
+    return Observed(named, claims, None if nodes is None else Inventory.of(nodes))
 
 
 # --- nodes ---

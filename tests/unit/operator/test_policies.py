@@ -124,9 +124,9 @@ CASES = [
     Case("planned", job(None, INSPECT, planned=False), [], "Planning", "Planned", nodes=NODES, after=0,
          conditions={"Inspected": "True", "Planned": "True"}, says="1 × NVIDIA-L40S"),
     Case("no GPU fits: it waits for one", job({"hardware.gpuProducts": ["H900"]}, INSPECT, planned=False), [],
-         "Planning", "NoFlavourFits", nodes=NODES, after=30, conditions={"Planned": "False"},
+         "Planning", "NoFlavourFits", nodes=NODES, after=None, conditions={"Planned": "False"},
          says="NVIDIA-L40S: not among"),
-    Case("no nodes at all", job(None, INSPECT, planned=False), [], "Planning", "NoFlavourFits", nodes=[], after=30,
+    Case("no nodes at all", job(None, INSPECT, planned=False), [], "Planning", "NoFlavourFits", nodes=[], after=None,
          says="no node with GPUs"),
     Case("the spec is at fault: no node could help",
          job({"lora.targetModules": ["w1"]}, INSPECT, planned=False), [], "Failed", "UnknownTargetModules", nodes=NODES,
@@ -245,7 +245,7 @@ CASES = [
     Case("what runs is stopped before", planned_otherwise(job(EDITED, INSPECT)), [Stop(TRAIN, 1)], "Planning",
          "Replanning", nodes=SMALL, attempts={"train-1": RUNNING}, after=2),
     Case("nothing fits any more", planned_otherwise(job(EDITED, INSPECT)), [], "Planning", "NoFlavourFits", nodes=NODES,
-         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=30, conditions={"Planned": "False"}),
+         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=None, conditions={"Planned": "False"}),
     Case("after the training the plan stays", planned_otherwise(job(EDITED, INSPECT, TRAIN)), [], "Suspended",
          "Suspended"),
     Case("an edit that this version cannot do is no end: it can be taken back",
@@ -466,7 +466,7 @@ def test_the_installations_tolerations_count_in_the_plan() -> None:
     of = job(None, INSPECT, planned=False)
     seen = given.seen(of, nodes=[given.gpu_node("node-1", *given.L40S, taints=[taint])])
     assert next_step(of, seen, NOW).status.plan is None
-    tolerant = type(seen)(seen.attempts, seen.claims, seen.nodes, [{"key": "team", "operator": "Exists"}])
+    tolerant = type(seen)(seen.attempts, seen.claims, seen.inventory, [{"key": "team", "operator": "Exists"}])
     assert next_step(of, tolerant, NOW).status.plan is not None
 
 
