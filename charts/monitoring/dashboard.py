@@ -157,6 +157,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
             width=12,
         ),
+        Panel(
+            "GPU memory: measured over predicted",
+            "What was reserved at the peak over what was planned, of jobs that have trained: above 1 the plan was too "
+            "low and the headroom was drawn on.",
+            "percentunit",
+            (of_job("qlora_vram_measured_ratio", JOB, ""),),
+            width=12,
+        ),
     ),
     "Operator": (
         Panel(

@@ -270,7 +270,7 @@ class TrainOrder(OrderEnvelope):
     def binding(self) -> str:
         """What a checkpoint and an adapter are bound to; `sha256:…`.
 
-        Micro-batch, accumulation, checkpoint interval, device and Secrets may change under a checkpoint; nothing else.
+        Micro-batch, accumulation, checkpoint interval, device, offload and Secrets may change under it; nothing else.
         """
         unbound = {"secret"}
         bound = self.model_dump(
@@ -278,7 +278,10 @@ class TrainOrder(OrderEnvelope):
             by_alias=True,
             exclude_none=True,
             include={"version", "model_digest", "data_digest", "data", "recipe"},
-            exclude={"data": {"train": {"__all__": unbound}, "eval": unbound, "golden": unbound}},
+            exclude={
+                "data": {"train": {"__all__": unbound}, "eval": unbound, "golden": unbound},
+                "recipe": {"offload"},
+            },
         )
         return f"sha256:{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()}"
 

@@ -112,9 +112,9 @@ class Cluster:
     # --- everything ---
 
     async def everything(self, kind: str, namespaces: Sequence[str]) -> AsyncIterator[Raw]:
-        """All QLoRAJobs, or all their Jobs or pods, in `namespaces`, or without any in all; read page by page, so that
-        memory does not grow with their number."""
-        ours = {} if kind == KIND else {"labelSelector": JOB_LABEL}
+        """All QLoRAJobs, or all their Jobs or pods, in `namespaces`, or without any in all; or all nodes. Read page by
+        page, so that memory does not grow with their number."""
+        ours = {"labelSelector": JOB_LABEL} if kind in ("Job", "Pod") else {}
         for namespace in namespaces or [None]:
             more: dict[str, str] | None = {}
             while more is not None:
@@ -141,8 +141,8 @@ class Cluster:
     async def create(self, manifest: Raw) -> None:
         """Create a child. One of that name that is ours counts as created, with two exceptions.
 
-        An order that says something else is replaced, and a claim's template (the attempt has not started), and one that is being deleted or
-        belongs to somebody else raises `ApiError`.
+        An order that says something else is replaced, and so is a template of claims (the attempt has not started); one
+        that is being deleted or belongs to somebody else raises `ApiError`.
         """
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
@@ -217,9 +217,6 @@ class Cluster:
         await self._call(f"label Pod {name}", "PATCH", path("Pod", namespace, name), body, query, MERGE)
 
     # --- the cluster at large ---
-
-    async def nodes(self) -> list[Raw]:
-        return (await self._call("list nodes", "GET", path("Node")))["items"]
 
     async def create_event(self, namespace: str, event: Raw) -> None:
         await self._post("Event", namespace, event)

@@ -1,4 +1,5 @@
-"""The watches. The only module that imports kopf, and all it does is queue the key of the job concerned.
+"""The watches. The only module that imports kopf, and all it does is queue the key of the job concerned,
+and keep the inventory of nodes.
 
 A watch is a hint: what is true is read anew in each pass, and `resync` lists everything once in a while.
 No change-detecting handlers, no finalizers: kopf writes nothing on our objects.
@@ -16,6 +17,8 @@ import kopf
 from qlora_api.v1alpha1 import GROUP, KIND, PLURAL, VERSION
 from qlora_operator.manifests.names import JOB_LABEL
 from qlora_operator.news import News
+from qlora_operator.placement.inventory import Inventory
+from qlora_operator.waiting import Waiting
 from qlora_operator.workqueue import Key, WorkQueue
 
 Raw = Mapping[str, Any]
@@ -24,8 +27,8 @@ Raw = Mapping[str, Any]
 POD_SETTLES = timedelta(seconds=1)
 
 
-def registry(queue: WorkQueue, news: News) -> kopf.OperatorRegistry:
-    """The handlers that fill `queue`."""
+def registry(queue: WorkQueue, news: News, inventory: Inventory, waiting: Waiting) -> kopf.OperatorRegistry:
+    """The handlers that fill `queue`, and keep `inventory`."""
     handlers = kopf.OperatorRegistry()
 
     def concerned(kind: str, event: Raw) -> Key | None:
@@ -55,6 +58,13 @@ def registry(queue: WorkQueue, news: News) -> kopf.OperatorRegistry:
     async def pod_changed(event: Raw, **_: Any) -> None:
         if key := concerned("Pod", event):
             queue.add_after(key, POD_SETTLES)
+
+    @kopf.on.event("", "v1", "nodes", registry=handlers)
+    async def node_changed(event: Raw, **_: Any) -> None:
+        node = event["object"]
+        gone = event["type"] == "DELETED"
+        if inventory.remove(node["metadata"]["name"]) if gone else inventory.put(node):
+            waiting.nodes_have_changed()
 
     return handlers
 
@@ -89,10 +99,17 @@ def tune(settings: kopf.OperatorSettings) -> None:
     settings.networking.connect_timeout = 10
 
 
-async def watch(queue: WorkQueue, news: News, namespaces: Sequence[str], stop: asyncio.Event) -> None:
-    """Fill `queue` until `stop`, or a signal to the process. No namespaces: all."""
+async def watch(
+    queue: WorkQueue,
+    news: News,
+    inventory: Inventory,
+    waiting: Waiting,
+    namespaces: Sequence[str],
+    stop: asyncio.Event,
+) -> None:
+    """Fill `queue`, and keep `inventory`, until `stop`, or a signal to the process. No namespaces: all."""
     await kopf.operator(
-        registry=registry(queue, news),
+        registry=registry(queue, news, inventory, waiting),
         memo=kopf.Memo(),
         standalone=True,
         clusterwide=not namespaces,

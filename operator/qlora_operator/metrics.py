@@ -127,7 +127,7 @@ LEADER = Series("qlora_leader", prometheus.Gauge, (), "1 in the replica of the o
 
 #: Every series of the operator, in the order of the docs.
 SERIES = (
-    *(JOBS, JOB_PHASE, PROGRESS, VRAM, STAGE_DURATION, ATTEMPTS, GPU_SECONDS),
+    *(JOBS, JOB_PHASE, PROGRESS, VRAM, VRAM_RATIO, STAGE_DURATION, ATTEMPTS, GPU_SECONDS),
     *(PASSES, ERRORS, QUEUE_DEPTH, BACKING_OFF, RETRIES, LEADER),
 )
 

@@ -310,7 +310,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
 
 def with_half_the_micro_batch(plan: Plan, inspection: Inspection) -> Plan:
     """The plan with the next smaller micro-batch that divides a GPU's share of the effective batch, which stays."""
-    share = plan.micro_batch_size * plan.gradient_accumulation
+    share = plan.recipe.effective_batch_size // max(1, plan.gpus)
     size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if share % n == 0)
     on_gpu = plan.flavour != CPU
     memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpus=max(1, plan.gpus), gpu=on_gpu)

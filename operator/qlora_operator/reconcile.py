@@ -21,8 +21,11 @@ from qlora_operator.manifests import attempts
 from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.reporting import Endpoint
 from qlora_operator.metrics import Metrics
+from qlora_operator.placement.inventory import Inventory
+from qlora_operator.planner import Installation
 from qlora_operator.reports import Reports
 from qlora_operator.settings import Settings
+from qlora_operator.waiting import Waiting, waits_for_gpus
 from qlora_operator.workqueue import Key
 
 log = logging.getLogger(__name__)
@@ -44,12 +47,22 @@ class Reconciler:
         self,
         cluster: Cluster,
         settings: Settings,
+        inventory: Inventory,
+        waiting: Waiting,
         reports: Reports | None = None,
         endpoint: Endpoint | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._inventory = inventory
+        self._installation = Installation(
+            tolerations=settings.tolerations,
+            prices=settings.gpu_prices,
+            amd_image=settings.amd_trainer_image is not None,
+            mirror="HF_ENDPOINT" in settings.stage_env,
+        )
+        self._waiting = waiting
         self._metrics = metrics or Metrics()
         self._reports = reports
         self._endpoint = endpoint
@@ -61,15 +74,18 @@ class Reconciler:
 
     async def __call__(self, key: Key) -> timedelta | None:
         """One pass over the job `key`; when to look again. Raises `ApiError` when the API server refuses a call."""
+        self._waiting.add(key)  # nodes may change while this pass looks at them
         raw = await self._cluster.job(*key)
         if raw is None or raw["metadata"].get("deletionTimestamp"):
             self._metrics.forget(key)
+            self._waiting.discard(key)
             return None  # its children go with it, by their ownerReferences
         self._metrics.observe(key, raw.get("status", {}))
         now = datetime.now(UTC)
         try:
             document = QLoRAJob.read(raw)
         except ValidationError as error:
+            self._waiting.discard(key)
             await self._say_unreadable(raw, problems(error), now)
             return None
         job = Job(document.metadata, document.spec, document.status)
@@ -81,6 +97,8 @@ class Reconciler:
             if job.status.phase not in FINISHED:
                 await self._write(raw, job.status, call_refused(job, "ApiError", str(error), now), now)
             raise
+        if not waits_for_gpus(step.status):
+            self._waiting.discard(key)
         if any(isinstance(action, Start) for action in step.actions):
             return step.after  # where hundreds come at once, all are started before any is told of
         if progress_alone(job.status, step.status) and (left := self._until_next_write(job, now)):

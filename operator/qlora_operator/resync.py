@@ -15,7 +15,9 @@ from qlora_operator.cluster import ApiError, Cluster
 from qlora_operator.lifecycle.observed import moment
 from qlora_operator.lifecycle.policies import FINISHED
 from qlora_operator.news import KINDS, News
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.settings import Settings
+from qlora_operator.waiting import Waiting
 from qlora_operator.workqueue import Key, WorkQueue
 
 log = logging.getLogger(__name__)
@@ -29,16 +31,24 @@ SWEEP_ROUNDS = 10
 
 
 async def resync(
-    cluster: Cluster, queue: WorkQueue, news: News, settings: Settings, listed: Callable[[Sequence[Raw]], None]
+    cluster: Cluster,
+    queue: WorkQueue,
+    news: News,
+    inventory: Inventory,
+    waiting: Waiting,
+    settings: Settings,
+    listed: Callable[[Sequence[Raw]], None],
 ) -> None:
     """List everything, for ever, and queue the jobs that need a look: the answer to events that were missed.
 
-    `listed` is told of all jobs of every list that came, in brief.
+    `listed` is told of all jobs of every list that came, in brief. The nodes were listed before this is called.
     """
     for rounds in itertools.count():
         keys = set[Key]()
         try:
             listed(await a_round(cluster, news, settings.namespaces, keys, all_unfinished=rounds % SWEEP_ROUNDS == 0))
+            if rounds:
+                await take_stock(cluster, inventory, waiting)
             pause = settings.resync_seconds
         except (ApiError, OSError) as error:
             log.warning("resync: %s", error)
@@ -64,6 +74,18 @@ async def a_round(
     for kind in KINDS:
         await news.hear_all(kind, jobs() if kind == KIND else cluster.everything(kind, namespaces), keys)
     return brief
+
+
+async def take_stock(cluster: Cluster, inventory: Inventory, waiting: Waiting) -> None:
+    """List all nodes. Where the list breaks off in the middle, the nodes that it had are taken up."""
+    missing = set(inventory.names)  # not those that come meanwhile, and are told of by the watch
+    async for node in cluster.everything("Node", ()):
+        missing.discard(node["metadata"]["name"])
+        if inventory.put(node):
+            waiting.nodes_have_changed()
+    for name in missing:
+        if inventory.remove(name):
+            waiting.nodes_have_changed()
 
 
 def in_brief(job: Raw) -> Raw:

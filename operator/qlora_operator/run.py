@@ -15,11 +15,13 @@ from qlora_operator.handlers import watch
 from qlora_operator.leadership import LEADER_LABEL, Replica, lead
 from qlora_operator.metrics import Metrics
 from qlora_operator.news import News
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.probes import Probes
 from qlora_operator.reconcile import PROGRESS_PAUSE, Reconciler
 from qlora_operator.reports import Reports
-from qlora_operator.resync import resync
+from qlora_operator.resync import resync, take_stock
 from qlora_operator.settings import Settings
+from qlora_operator.waiting import Waiting
 from qlora_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -93,11 +95,12 @@ async def _work(
     """All that a leader does, until `stop`; then the passes at work are brought to their end."""
     probes.lead()
     metrics.set_leader(True)
-    queue, news = WorkQueue(metrics), News()
+    queue, news, inventory = WorkQueue(metrics), News(), Inventory()
+    waiting = Waiting(queue)
     reports = Reports(cluster, lambda key: queue.add_after(key, PROGRESS_PAUSE))
     tls = None if replica is None else await _certificates(cluster, settings, replica)
     target = endpoint(settings, replica, tls.authority.certificate) if replica and tls else None
-    reconcile = Reconciler(cluster, settings, reports, target, metrics)
+    reconcile = Reconciler(cluster, settings, inventory, waiting, reports, target, metrics)
 
     def listed(jobs: Sequence[Mapping[str, Any]]) -> None:
         uids = {job["metadata"]["uid"] for job in jobs}
@@ -106,15 +109,17 @@ async def _work(
         metrics.listed(jobs)
         probes.beat()
 
+    # no plan is made from an inventory that is not filled
+    await _patiently(lambda: take_stock(cluster, inventory, waiting))
     async with asyncio.TaskGroup() as group:
         loops = [group.create_task(queue.work(reconcile)) for _ in range(settings.workers)]
-        loops.append(group.create_task(resync(cluster, queue, news, settings, listed)))
+        loops.append(group.create_task(resync(cluster, queue, news, inventory, waiting, settings, listed)))
         if replica and tls:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             tls.load_into(context)
             loops.append(group.create_task(reports.serve(settings.report_port, context)))
             loops.append(group.create_task(_renew(cluster, settings, replica, context)))
-        await watch(queue, news, settings.namespaces, stop)
+        await watch(queue, news, inventory, waiting, settings.namespaces, stop)
         log.info("stopping")
         await queue.drain(LAST_PASSES_SECONDS)
         for loop in loops:

@@ -165,8 +165,8 @@ WAITING = (
     ),
     Trouble(
         "gpu-too-small", "Planning", "NoFlavourFits",
-        f"no GPU can take this training: …{TINY}: 0.5 GiB ×…: qlora at micro-batch 1 × 256 tokens needs … GiB, short by "
-        "… GiB… Add such a node, or suspend the job, change spec.hardware and resume",
+        f"no GPU can take this training: …{TINY}: 0.5 GiB ×…: qlora at micro-batch 1 × 256 tokens needs … GiB, short "
+        "by … GiB… Add such a node, or suspend the job, change spec.hardware and resume",
         "Every kind of GPU in the cluster is listed with what it lacks; GPUs that are taken at the moment count as "
         "there.",
         "Add a node: the job is planned within a minute. Or allow more products, or give the job up and apply one "

@@ -131,7 +131,7 @@ def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
 
 
 def _newest_of_each_rank(pods: Iterable[Raw]) -> list[Raw]:
-    """The pods of a Job, of those with the same index the newest, by index; one that is not indexed counts as rank 0."""
+    """The pods of a Job by their index, of those with the same one the newest; one without counts as the first."""
     newest: dict[int, Raw] = {}
     for pod in sorted(pods, key=lambda p: p["metadata"]["creationTimestamp"]):
         newest[int(pod["metadata"].get("annotations", {}).get(INDEX, 0))] = pod
@@ -150,7 +150,7 @@ def _first_failed(ranks: Sequence[Raw]) -> Raw | None:
 
 def _active(job: Raw, ranks: Sequence[Raw]) -> Active:
     """The first rank, or of several that are not all at work the first that waits."""
-    if job["spec"].get("suspend"):
+    if job.get("spec", {}).get("suspend"):
         queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
         if queue:
             return Active(waiting=f"the queue {queue} has not admitted it yet", reason=Wait.QUEUE)

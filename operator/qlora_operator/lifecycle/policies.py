@@ -29,7 +29,7 @@ S = TypeVar("S", Absent, Stopping, Active, Ended)
 
 NOW = timedelta()
 SOON = timedelta(seconds=2)
-WHEN_NODES_CHANGE = timedelta(seconds=30)
+WHEN_CLAIMS_CHANGE = timedelta(seconds=30)
 
 FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
 PHASE_OF = {
@@ -256,13 +256,12 @@ def inspection_is_missing(job: Job, seen: Observed, now: datetime) -> Step | Non
 def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
     """Size and place; anew when hardware or pod template were edited while suspended."""
     inspection = job.status.inspection
-    old = job.status.plan
     if inspection is None or not is_to_be_planned(job):
         return None
     if running := [(task, n) for task, n, _ in _in_state(job, seen, Active) if task == TRAIN]:
         situation = Situation(Phase.PLANNING, "Replanning", "stopping train, with a checkpoint, to plan it anew")
         return _say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in running), after=SOON)
-    made = planner.plan(job.spec, inspection, seen.inventory or Inventory(), seen.installation, keep=_begun(job))
+    made = planner.plan(job.spec, inspection, seen.inventory, seen.installation, keep=_begun(job))
     if isinstance(made, Plan):
         made = _not_larger_than_what_fitted(made, job.status)
         planned = job.status.model_copy(
@@ -276,6 +275,7 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
         return _say(Job(job.metadata, job.spec, planned), seen, now, situation, after=NOW)
     if made.final:
         return _fail(job, seen, now, made.reason, made.message)
+    # no time to look again: it is queued when the cluster's nodes change
     return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message))
 
 
@@ -289,7 +289,9 @@ def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
     """On GPUs that a training ran out of memory on, the micro-batch stays what it was brought down to."""
     old = status.plan
     ran_out = any(attempt.outcome == Outcome.OUT_OF_MEMORY for attempt in status.attempts)
-    if old is None or not ran_out or old.flavour != made.flavour or made.micro_batch_size <= old.micro_batch_size:
+    if old is None or not ran_out or made.micro_batch_size <= old.micro_batch_size:
+        return made
+    if (old.flavour, old.gpus) != (made.flavour, made.gpus):
         return made
     kept = ("micro_batch_size", "gradient_accumulation", "memory")
     return made.model_copy(update={name: getattr(old, name) for name in kept})
@@ -336,7 +338,7 @@ def output_claim_is_missing(job: Job, seen: Observed, now: datetime) -> Step | N
     if job.status.work_volume is not None or claim is None or seen.claims.get(claim, True):
         return None
     message = f"spec.output.uri: there is no PersistentVolumeClaim {claim} in this namespace; create it"
-    return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
+    return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_CLAIMS_CHANGE)
 
 
 def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -352,7 +354,7 @@ def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | No
         return _fail(job, seen, now, "WorkVolumeLost", message)
     if job.spec.storage.claim_name is not None:
         message = f"spec.storage.claimName: there is no PersistentVolumeClaim {claim} in this namespace; create it"
-        return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_NODES_CHANGE)
+        return _say(job, seen, now, Situation(Phase.SCHEDULING, "ClaimMissing", message), after=WHEN_CLAIMS_CHANGE)
     situation = Situation(Phase.SCHEDULING, "Claiming", f"claiming the work volume {claim}")
     return _say(job, seen, now, situation, actions=(CreateWorkVolume(),), after=NOW)
 
@@ -441,9 +443,7 @@ def _underway(job: Job, seen: Observed) -> Situation:
 def _doing(job: Job, seen: Observed, task: Task, state: Active) -> str:
     inspection, plan = job.status.inspection, job.status.plan
     if task == TRAIN and state.waiting and state.reason in FOR_HARDWARE and inspection and plan and plan.gpus:
-        cure = planner.advice(
-            job.spec, inspection, plan, seen.inventory or Inventory(), seen.installation, keep=_begun(job)
-        )
+        cure = planner.advice(job.spec, inspection, plan, seen.inventory, seen.installation, keep=_begun(job))
         return f"waits: {state.waiting.rstrip('. ')}; {cure}"
     if state.missing_claim and (fields := fields_on(job.spec, state.missing_claim)):
         return f"waits: {', '.join(fields)}: {state.waiting}"

@@ -127,7 +127,8 @@ def choose(
 
     Preferred, in this order: the fewest nodes, the fewest GPUs, the recipe that comes first, at least
     `TOKENS_PER_MICRO_BATCH` tokens per micro-batch, the smallest GPU, the lowest price, the largest micro-batch, the
-    name. By what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler queues.
+    name. By what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler
+    queues.
     """
     search = _Search(shape, recipes, wishes)
     options = [option for flavour in flavours if (option := search.best_on(flavour))]
@@ -239,7 +240,9 @@ class _Search:
             return self._no_layout(flavour)
         tried = [(layout, recipe) for layout in possible for recipe in self._recipes(layout.gpus)]
         if not tried:
-            return f"no recipe that was asked for runs on {possible[-1]}"
+            return (
+                f"the optimizer cannot step weights that {possible[-1].gpus} GPUs share: leave training.optimizer out"
+            )
         shared = [pair for pair in tried if micro_batches(pair[1], wishes.micro_batch_size, pair[0].gpus)]
         if not shared:
             effective = tried[0][1].effective_batch_size

@@ -26,6 +26,7 @@ from qlora_api.v1alpha1 import Artifact, Attempt, JobStatus, MemoryItem, MemoryP
 from qlora_operator.lifecycle.observed import Ended, Job, Observed, Seen
 from qlora_operator.lifecycle.policies import output_claim, planned_for, work_claim
 from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task
+from qlora_operator.placement.inventory import Inventory
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
 UID = "1b9f7c52-0000-4000-8000-000000000000"
@@ -156,6 +157,9 @@ def plan(of: Job, *, micro_batch_size: int = 8, effective_batch_size: int = 32, 
         "recipe": recipe(effective_batch_size=effective_batch_size),
         "accelerator": of.spec.hardware.accelerator,
         "flavour": "cpu" if on_cpu else "NVIDIA-L40S",
+        "resource": None if on_cpu else "nvidia.com/gpu",
+        "labels": {} if on_cpu else {"nvidia.com/gpu.product": "NVIDIA-L40S"},
+        "memory_label": None if on_cpu else "nvidia.com/gpu.memory",
         "gpus": 0 if on_cpu else 1,
         "gpus_per_node": 0 if on_cpu else 1,
         "nodes": 1,
@@ -273,7 +277,7 @@ def seen(
     """What is there of `of`: attempts by the end of their names (`train-1`), its work volume's claim, its results'."""
     claims = {output_claim(of) or "": outputs, work_claim(of): claim}
     named = {f"{of.metadata.name}-{end}": state for end, state in (attempts or {}).items()}
-    return Observed(named, claims, None if nodes is None else list(nodes))
+    return Observed(named, claims, Inventory.of(nodes or ()))
 
 
 # --- nodes ---

@@ -253,7 +253,7 @@ def test_a_checkpoint_is_not_taken_for_one_of_another(field: str) -> None:
 
 def test_every_field_of_the_recipe_binds() -> None:
     order = TRAIN_ORDER.model_copy(update={"recipe": given.recipe(max_steps=5)})
-    for name in Recipe.model_fields:
+    for name in Recipe.model_fields.keys() - {"offload"}:  # where a tensor lies changes nothing of what is learned
         recipe = order.recipe.model_copy(update={name: "something else"})
         with warnings.catch_warnings():  # it is dumped, not validated: any other value will do
             warnings.simplefilter("ignore", UserWarning)

@@ -256,8 +256,8 @@ def test_only_training_gets_a_gpu_and_only_on_the_planned_flavour() -> None:
         assert ("nvidia.com/gpu" in limits) == on_gpu
         assert ("affinity" in spec) == on_gpu
         assert ("runtimeClassName" in spec) == (on_gpu and name == "full")
-        tolerated = [t["key"] for t in spec.get("tolerations", []) if t.get("key") == "nvidia.com/gpu"]
-        assert bool(tolerated) == on_gpu
+        tolerated = {t.get("key") for t in spec.get("tolerations", [])}
+        assert ({"nvidia.com/gpu", "amd.com/gpu"} <= tolerated) == on_gpu
 
 
 def test_the_affinity_asks_for_just_the_memory_that_is_needed() -> None:

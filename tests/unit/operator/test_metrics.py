@@ -22,6 +22,7 @@ from qlora_operator.lifecycle.tasks import INSPECT, TRAIN
 from qlora_operator.metrics import OF_A_JOB, SERIES, Metrics
 from qlora_operator.probes import Probes
 from qlora_operator.settings import Settings
+from qlora_operator.sizing.memory import CONTEXT
 from qlora_operator.workqueue import Key, WorkQueue
 from tests.unit.operator import given
 from tests.unit.operator.given import GIB, NOW
@@ -49,7 +50,11 @@ TRAINED = given.history(given.job(), INSPECT, TRAIN).status
 PLAN = {
     "gpus": 2,
     "flavour": "NVIDIA-L40S",
-    "memory": {"totalBytes": 4 * GIB, "measuredBytes": 3 * GIB},
+    "memory": {
+        "items": [{"name": "base weights", "bytes": 3 * GIB}, {"name": CONTEXT, "bytes": GIB}],
+        "totalBytes": 4 * GIB,
+        "measuredBytes": 3 * GIB,
+    },
 }
 
 

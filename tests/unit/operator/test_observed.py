@@ -10,6 +10,7 @@ import pytest
 
 from qlora_api.exchange import ExitCode
 from qlora_operator.lifecycle.observed import TEMPLATE, Absent, Active, Ended, Seen, Stopping, see
+from qlora_operator.lifecycle.pending import Wait
 from tests.unit.operator import given
 from tests.unit.operator.given import TRAIN
 
@@ -89,16 +90,16 @@ CASES: list[Any] = [
     ),
     pytest.param(
         stage_job(), [unscheduled(f"{FULL_NODES} preemption: 0/3 nodes are available: 3 Preemption is not helpful.")],
-        Active(waiting=f"not scheduled: {FULL_NODES}", reason="Unschedulable"), id="unschedulable",
+        Active(waiting=f"not scheduled: {FULL_NODES}", reason=Wait.GPUS), id="unschedulable",
     ),
     pytest.param(
         stage_job(), [unscheduled('0/1 nodes are available: persistentvolumeclaim "data" not found. preemption: …')],
-        Active(waiting="there is no PersistentVolumeClaim data in this namespace; create it", reason="ClaimMissing",
+        Active(waiting="there is no PersistentVolumeClaim data in this namespace; create it", reason=Wait.CLAIM,
                missing_claim="data"), id="a claim that is not there",
     ),
     pytest.param(
         stage_job(), [waiting("InvalidImageName")],
-        Active("node-1", AT_START, no_image("InvalidImageName"), reason="ImageNotPulled"),
+        Active("node-1", AT_START, no_image("InvalidImageName"), reason=Wait.IMAGE),
         id="not the name of an image",
     ),
     pytest.param(
@@ -190,7 +191,7 @@ def test_an_image_is_missed_in_the_same_words_between_two_tries_as_after_one() -
     why = 'failed to resolve reference "trainer:2": not found'
     tried = waiting("ErrImagePull", why)
     waits = waiting("ImagePullBackOff", f'Back-off pulling image "trainer:2": ErrImagePull: {why}')
-    expected = Active("node-1", AT_START, no_image(why), reason="ImageNotPulled")
+    expected = Active("node-1", AT_START, no_image(why), reason=Wait.IMAGE)
     assert see(stage_job(), [tried]) == see(stage_job(), [waits]) == expected
 
 

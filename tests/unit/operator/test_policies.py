@@ -11,9 +11,11 @@ import pytest
 
 from qlora_api.v1alpha1 import JobStatus, Phase, Progress, Usage, WorkVolume
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Seen, Stopping
-from qlora_operator.lifecycle.policies import POLICIES, call_refused, needs_nodes, next_step, template_of
+from qlora_operator.lifecycle.pending import Wait
+from qlora_operator.lifecycle.policies import POLICIES, call_refused, is_to_be_planned, next_step, template_of
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import tasks
+from qlora_operator.planner import Installation
 from tests.unit.operator import given
 from tests.unit.operator.given import BOTH, INSPECT, MERGE, NOW, PUBLISH_ADAPTER, PUBLISH_MERGED, TRAIN
 from tests.unit.operator.kstatus import kstatus
@@ -22,12 +24,12 @@ RUNNING = Active(node="node-1", started=NOW)
 UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes have enough nvidia.com/gpu")
 NODES = [given.gpu_node("node-1", *given.L40S)]
 #: With these two nodes the plan that `given` records is not the one that would be made now.
-SMALL = [given.gpu_node("node-9", "Tesla-T4", 15360)]
+SMALL = [given.gpu_node("node-9", "NVIDIA-A2", 15356)]
 
 FULL: dict[str, Any] = {"output.formats": BOTH}
 SUSPENDED: dict[str, Any] = {"suspend": True}
 OWN_CLAIM: dict[str, Any] = {"storage.claimName": "scratch"}
-EDITED: dict[str, Any] = {"suspend": True, "hardware": {"gpuProducts": ["Tesla-T4"]}}
+EDITED: dict[str, Any] = {"suspend": True, "hardware": {"gpuProducts": ["NVIDIA-A2"]}}
 
 
 HOUR: dict[str, Any] = {"budget.maxGPUHours": 1}
@@ -93,7 +95,7 @@ CASES = [
          attempts={"inspect-1": Active(waiting="ErrImagePull: no such image")}),
     Case("a claim that is not there, by the fields that name it", job(), [], "Inspecting", "ClaimMissing",
          says="inspect waits: spec.dataset.train[0].uri: there is no PersistentVolumeClaim data",
-         attempts={"inspect-1": Active(waiting="there is no PersistentVolumeClaim data", reason="ClaimMissing",
+         attempts={"inspect-1": Active(waiting="there is no PersistentVolumeClaim data", reason=Wait.CLAIM,
                                        missing_claim="data")}),
     Case("its image cannot be pulled: stopped once another pod template is asked for",
          job({"suspend": True, "podTemplate.image": "trainer:3"}), [Stop(INSPECT, 1)], "Inspecting", "Restarting",
@@ -105,8 +107,8 @@ CASES = [
          attempts={"inspect-1": Active("node-1", NOW, template=template_of(job()))}),
     Case("suspended from birth: inspected all the same", job(SUSPENDED), [Start(INSPECT, 1)], "Inspecting",
          "Starting", after=2),
-    Case("what this version does not do is refused at once", job({"queue": {"name": "gpus"}}), [], "Failed",
-         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.queue",
+    Case("what this version does not do is refused at once", job({"lora.dora": True}), [], "Failed",
+         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.lora.dora",
          after=0),
     Case("inspection found: recorded", job(), [], "Planning", "Inspected", conditions={"Inspected": "True"},
          attempts={"inspect-1": given.succeeded(INSPECT)}, after=0),
@@ -124,9 +126,9 @@ CASES = [
     Case("planned", job(None, INSPECT, planned=False), [], "Planning", "Planned", nodes=NODES, after=0,
          conditions={"Inspected": "True", "Planned": "True"}, says="1 × NVIDIA-L40S"),
     Case("no GPU fits: it waits for one", job({"hardware.gpuProducts": ["H900"]}, INSPECT, planned=False), [],
-         "Planning", "NoFlavourFits", nodes=NODES, after=30, conditions={"Planned": "False"},
+         "Planning", "NoFlavourFits", nodes=NODES, after=None, conditions={"Planned": "False"},
          says="NVIDIA-L40S: not among"),
-    Case("no nodes at all", job(None, INSPECT, planned=False), [], "Planning", "NoFlavourFits", nodes=[], after=30,
+    Case("no nodes at all", job(None, INSPECT, planned=False), [], "Planning", "NoFlavourFits", nodes=[], after=None,
          says="no node with GPUs"),
     Case("the spec is at fault: no node could help",
          job({"lora.targetModules": ["w1"]}, INSPECT, planned=False), [], "Failed", "UnknownTargetModules", nodes=NODES,
@@ -234,24 +236,24 @@ CASES = [
 
     # --- hardware edited while suspended ---
     Case("planned anew", planned_otherwise(job(EDITED, INSPECT, volume=False)), [], "Planning", "Planned", nodes=SMALL,
-         says="1 × Tesla-T4", after=0),
+         says="1 × NVIDIA-A2", after=0),
     Case("out of memory once: on the same GPUs the micro-batch stays halved", planned_otherwise(job(
          {"suspend": True, "hardware.headroomPercent": 10}, INSPECT, before=[given.attempt(TRAIN, 1, "OutOfMemory")],
          plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning", "Planned", nodes=NODES, after=0,
          says="1 × NVIDIA-L40S, micro-batch 2"),
     Case("on others it is as they allow", planned_otherwise(job(EDITED, INSPECT, before=[
          given.attempt(TRAIN, 1, "OutOfMemory")], plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning",
-         "Planned", nodes=SMALL, after=0, says="1 × Tesla-T4, micro-batch 8"),
+         "Planned", nodes=SMALL, after=0, says="1 × NVIDIA-A2, micro-batch 8"),
     Case("what runs is stopped before", planned_otherwise(job(EDITED, INSPECT)), [Stop(TRAIN, 1)], "Planning",
          "Replanning", nodes=SMALL, attempts={"train-1": RUNNING}, after=2),
     Case("nothing fits any more", planned_otherwise(job(EDITED, INSPECT)), [], "Planning", "NoFlavourFits", nodes=NODES,
-         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=30, conditions={"Planned": "False"}),
+         says="NVIDIA-L40S: not among spec.hardware.gpuProducts", after=None, conditions={"Planned": "False"}),
     Case("after the training the plan stays", planned_otherwise(job(EDITED, INSPECT, TRAIN)), [], "Suspended",
          "Suspended"),
     Case("an edit that this version cannot do is no end: it can be taken back",
-         job({"suspend": True, "hardware.gpus": 2}, INSPECT), [], "Pending", "NotSupported", kstatus="Failed",
-         says="spec.hardware.gpus", conditions={"Stalled": "True", "Failed": ""}),
-    Case("and suspending is obeyed beside it", job({"suspend": True, "hardware.gpus": 2}, INSPECT), [Stop(TRAIN, 1)],
+         job({"suspend": True, "lora.dora": True}, INSPECT), [], "Pending", "NotSupported", kstatus="Failed",
+         says="spec.lora.dora", conditions={"Stalled": "True", "Failed": ""}),
+    Case("and suspending is obeyed beside it", job({"suspend": True, "lora.dora": True}, INSPECT), [Stop(TRAIN, 1)],
          "Pending", "NotSupported", kstatus="Failed", attempts={"train-1": RUNNING}),
 
     # --- the budget ---
@@ -448,7 +450,7 @@ def test_a_new_plan_keeps_the_recipe_once_training_has_begun(of: Job, kept: bool
     new = next_step(of, given.seen(of, nodes=SMALL), NOW).status.plan
 
     assert new is not None
-    assert new.flavour == "Tesla-T4"
+    assert new.flavour == "NVIDIA-A2"
     assert (new.recipe == other.recipe) == kept
     assert (new.recipe.method == "lora") != kept
 
@@ -456,8 +458,8 @@ def test_a_new_plan_keeps_the_recipe_once_training_has_begun(of: Job, kept: bool
 def test_a_plan_once_made_is_not_made_again_in_the_next_pass() -> None:
     of = job(None, INSPECT, planned=False)
     planned = Job(of.metadata, of.spec, next_step(of, given.seen(of, nodes=NODES), NOW).status)
-    assert needs_nodes(of)
-    assert not needs_nodes(planned)
+    assert is_to_be_planned(of)
+    assert not is_to_be_planned(planned)
     assert next_step(planned, given.seen(planned, claim=False, nodes=SMALL), NOW).actions == (CreateWorkVolume(),)
 
 
@@ -466,7 +468,8 @@ def test_the_installations_tolerations_count_in_the_plan() -> None:
     of = job(None, INSPECT, planned=False)
     seen = given.seen(of, nodes=[given.gpu_node("node-1", *given.L40S, taints=[taint])])
     assert next_step(of, seen, NOW).status.plan is None
-    tolerant = type(seen)(seen.attempts, seen.claims, seen.nodes, [{"key": "team", "operator": "Exists"}])
+    installation = Installation(tolerations=[{"key": "team", "operator": "Exists"}])
+    tolerant = type(seen)(seen.attempts, seen.claims, seen.inventory, installation)
     assert next_step(of, tolerant, NOW).status.plan is not None
 
 

@@ -24,8 +24,11 @@ from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.answers import COUNTED
 from qlora_operator.lifecycle.tasks import Task, tasks
 from qlora_operator.metrics import ATTEMPTS, Metrics
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.settings import Settings
+from qlora_operator.waiting import Waiting
+from qlora_operator.workqueue import WorkQueue
 from tests.unit.operator import given
 from tests.unit.operator.kstatus import kstatus
 
@@ -58,7 +61,7 @@ class World(Cluster):
         self.object["metadata"]["resourceVersion"] = "1"
         self.children: dict[tuple[str, str], Raw] = {}
         self.pods_of: dict[str, list[Raw]] = {}
-        self.gpu_nodes = [given.gpu_node("node-1", *given.L40S)]
+        self.inventory = Inventory.of([given.gpu_node("node-1", *given.L40S)])
         self.calls_until_death: int | None = None
         self.refuses: int | None = None
         self.bindings: set[str] = set()
@@ -77,9 +80,6 @@ class World(Cluster):
 
     async def claim(self, namespace: str, name: str) -> Raw | None:
         return copy.deepcopy(self.children.get(("PersistentVolumeClaim", name)))
-
-    async def nodes(self) -> list[Raw]:
-        return copy.deepcopy(self.gpu_nodes)
 
     async def create_event(self, namespace: str, event: Raw) -> None:
         self._change("create event")
@@ -331,7 +331,7 @@ class Story:
             self.world.children["PersistentVolumeClaim", name] = claim
 
     def an_operator(self) -> Reconciler:
-        return Reconciler(self.world, SETTINGS, metrics=self.metrics)
+        return Reconciler(self.world, SETTINGS, self.world.inventory, Waiting(WorkQueue()), metrics=self.metrics)
 
     def running(self) -> list[str]:
         return self.world.jobs_where(lambda job: not verdict(job) and not job["metadata"].get("deletionTimestamp"))
@@ -412,7 +412,7 @@ class Story:
         self.world.age([1, 15, 600][n % 3])
 
     def gpus_come_and_go(self, n: int) -> None:
-        self.world.gpu_nodes = [given.gpu_node("node-1", *given.L40S, ready=n % 2 == 0)]
+        self.world.inventory.put(given.gpu_node("node-1", *given.L40S, ready=n % 2 == 0))
 
     # --- the user ---
 

@@ -1,0 +1,184 @@
+"""What GPUs the cluster has, kept node by node: of thousands of nodes, a few dozen groups of nodes that are alike.
+
+Judged by what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_operator.placement.flavours import AMD, Demands, Flavour, Offers, Refused
+from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Labels, Node, read, selects
+
+Raw = Mapping[str, Any]
+
+
+class _Group:
+    """Nodes with the same GPUs (or, where `gpus` is None, just nodes) that are open to the same pods."""
+
+    __slots__ = ("_first", "access", "gpus", "members")
+
+    def __init__(self, gpus: Gpus | None, access: Access) -> None:
+        self.gpus, self.access = gpus, access
+        self.members: set[str] = set()
+        self._first: str | None = None
+
+    def add(self, name: str) -> None:
+        self.members.add(name)
+        self._first = None if self._first is None else min(self._first, name)
+
+    def discard(self, name: str) -> None:
+        self.members.discard(name)
+        self._first = None if self._first == name else self._first
+
+    @property
+    def first(self) -> str:
+        """The node that sentences name: the same one, in whatever order nodes came."""
+        if self._first is None:
+            self._first = min(self.members)
+        return self._first
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Of a node: the groups that it is in, first the one of just nodes."""
+
+    groups: tuple[_Group, ...]
+    memory_bytes: int
+    labels: Labels
+
+    def is_like(self, node: Node) -> bool:
+        return (
+            self.groups[0].access == node.access
+            and tuple(group.gpus for group in self.groups[1:]) == node.gpus
+            and self.memory_bytes == node.memory_bytes
+            and self.labels == node.labels
+        )
+
+
+class Inventory:
+    """The cluster's nodes, as far as plans depend on them."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, _Kept] = {}
+        self._groups: dict[tuple[Gpus | None, Access], _Group] = {}
+
+    @classmethod
+    def of(cls, nodes: Iterable[Raw]) -> Inventory:
+        """The inventory of raw Node objects."""
+        inventory = cls()
+        inventory.replace(nodes)
+        return inventory
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all nodes."""
+        return frozenset(self._nodes)
+
+    def put(self, node: Raw) -> bool:
+        """Take up a node, new or changed; whether what jobs can get has changed. A heartbeat changes nothing."""
+        new = read(node)
+        old = self._nodes.get(new.name)
+        if old and old.is_like(new):
+            return False
+        if old:
+            self._leave(new.name, old)
+        groups = tuple(self._join(new.name, gpus, new.access) for gpus in (None, *new.gpus))
+        self._nodes[new.name] = _Kept(groups, new.memory_bytes, new.labels)
+        return True
+
+    def remove(self, name: str) -> bool:
+        """Forget a node; whether it was there."""
+        old = self._nodes.pop(name, None)
+        if old:
+            self._leave(name, old)
+        return old is not None
+
+    def replace(self, nodes: Iterable[Raw]) -> bool:
+        """Make `nodes` all there are; whether what jobs can get has changed."""
+        names, changed = set[str](), False
+        for node in nodes:
+            names.add(node["metadata"]["name"])
+            changed |= self.put(node)
+        for name in self.names - names:
+            changed |= self.remove(name)
+        return changed
+
+    def _join(self, name: str, gpus: Gpus | None, access: Access) -> _Group:
+        group = self._groups.get((gpus, access))
+        if group is None:
+            group = self._groups[gpus, access] = _Group(gpus, access)
+        group.add(name)
+        return group
+
+    def _leave(self, name: str, kept: _Kept) -> None:
+        for group in kept.groups:
+            group.discard(name)
+            if not group.members:
+                self._groups.pop((group.gpus, group.access), None)
+
+    def offers(self, demands: Demands) -> Offers:
+        """What a job with `demands` may use, and what it may not.
+
+        A product is refused only if none of its nodes will do; the reason is then the one of its first node by name.
+        """
+        usable: dict[Flavour, int] = {}
+        refused: dict[str, tuple[str, str]] = {}
+        for group in self._groups.values():
+            if group.gpus is None:
+                continue
+            judged = _unfit(group, demands) or self._open(group, demands)
+            if isinstance(judged, str):
+                said = (group.first, judged)
+                refused[group.gpus.product] = min(refused.get(group.gpus.product, said), said)
+            elif isinstance(group.gpus, Flavour):
+                usable[group.gpus] = usable.get(group.gpus, 0) + judged
+        flavours = sorted((replace(flavour, nodes=nodes) for flavour, nodes in usable.items()), key=_order)
+        offered = {flavour.product for flavour in flavours}
+        return Offers(
+            tuple(flavours),
+            tuple(Refused(name, refused[name][1]) for name in sorted(refused.keys() - offered)),
+        )
+
+    def largest_memory_bytes(self, demands: Demands) -> int:
+        """Allocatable memory of the largest node that is open to the job; 0 where none is."""
+        return max(
+            (
+                self._nodes[name].memory_bytes
+                for group in self._groups.values()
+                if group.gpus is None and isinstance(self._open(group, demands), int)
+                for name in group.members
+                if selects(demands, self._nodes[name].labels)
+            ),
+            default=0,
+        )
+
+    def _open(self, group: _Group, demands: Demands) -> int | str:
+        """On how many of the group's nodes pods of the job may run, or why on none."""
+        selected = len(group.members)
+        if demands.node_selector:
+            selected = sum(selects(demands, self._nodes[name].labels) for name in group.members)
+        if not selected:
+            labels = self._nodes[group.first].labels
+            wanted = {k: v for k, v in (demands.node_selector or {}).items() if labels.get(k) != v}
+            return "spec.podTemplate.nodeSelector asks for " + ", ".join(f"{k}={v}" for k, v in sorted(wanted.items()))
+        return group.access.closed(group.first, demands.tolerations) or selected
+
+
+def _unfit(group: _Group, demands: Demands) -> str | None:
+    """Why the job cannot use these GPUs, wherever they are, or None."""
+    gpus = group.gpus
+    if gpus is None:
+        return None
+    if gpus.accelerator != demands.accelerator:
+        whose = "AMD's" if gpus.accelerator == AMD else "NVIDIA's"
+        return f"spec.hardware.accelerator is {demands.accelerator}, and it is {whose}"
+    if demands.products and gpus.product not in demands.products and gpus.product != UNLABELLED:
+        return "not among spec.hardware.gpuProducts"
+    return None if isinstance(gpus, Flavour) else gpus.reason.replace("{node}", group.first)
+
+
+def _order(flavour: Flavour) -> tuple[Any, ...]:
+    return flavour.product, flavour.memory_bytes, flavour.resource, flavour.gpus_per_node, flavour.labels
