@@ -48,7 +48,7 @@ e2e: $(VENV)/.ready ## Tests of the installed product on the real cluster
 soak: $(VENV)/.ready ## What takes too long for `make test`
 	$(PYTHON) -m pytest -m soak
 
-bench: $(VENV)/.ready ## Measure the operator on the embedded cluster and write docs/benchmarks
+bench: $(VENV)/.ready ## Measure the operator (on the embedded cluster, and its planning alone) and write docs/benchmarks
 	$(PYTHON) -m tests.bench all
 
 up: $(VENV)/.ready ## Bring the embedded cluster up

@@ -1,1 +1,1 @@
-"""What the operator costs and how fast it is, measured on the real cluster: `make bench`."""
+"""What the operator costs and how fast it is, most of it measured on the real cluster: `make bench`."""

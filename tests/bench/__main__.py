@@ -1,4 +1,4 @@
-"""`python -m tests.bench`: measure the operator on the embedded cluster and write docs/benchmarks."""
+"""`python -m tests.bench`: measure the operator, on the embedded cluster and alone, and write docs/benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.bench import figures, measures
+from tests.bench import figures, measures, placement
 from tests.bench.figures import Measured
 from tests.cluster.client import Cluster
 from tests.cluster.lifecycle import ensure_up
@@ -23,20 +23,21 @@ PLACE = REPOSITORY / "docs" / "benchmarks"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("measures", nargs="*", choices=[*MEASURES, "all"], default="all", metavar="MEASURE")
+    parser.add_argument("measures", nargs="*", choices=[*MEASURES, *ALONE, "all"], default="all", metavar="MEASURE")
     parser.add_argument("--jobs", type=int, default=500, help="of the burst and the start")
     parser.add_argument("--resting", type=int, default=1000, help="jobs at rest")
     parser.add_argument("--runs", type=int, default=3, help="of the burst and the start")
+    parser.add_argument("--shared", action="store_true", help="say that other work ran on the machine meanwhile")
     parser.add_argument("--dry", action="store_true", help="print only, write nothing to docs/benchmarks")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was made is removed
-    wanted = list(MEASURES) if "all" in arguments.measures else arguments.measures
-    cluster = ensure_up()
+    wanted = [*MEASURES, *ALONE] if "all" in arguments.measures else arguments.measures
+    cluster = ensure_up() if set(wanted) - ALONE.keys() else None
     kept = PLACE / "operator.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not arguments.dry else {}
     for measure in wanted:
-        setting = surroundings(cluster)
-        measured = MEASURES[measure](cluster, arguments)
+        setting = surroundings(cluster, is_shared=arguments.shared)
+        measured = MEASURES[measure](cluster, arguments) if cluster and measure in MEASURES else ALONE[measure]()
         results[measure] = figures.result(measured, {"command": command(measure, arguments), **setting})
         print(figures.table({measure: results[measure]}), flush=True)
         for name, count in measured.requests_per_job.items():
@@ -45,7 +46,8 @@ def main() -> int:
             PLACE.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(results, indent=2) + "\n")
             (PLACE / "operator.md").write_text(figures.page(results))
-    measures.clear(cluster)
+    if cluster:
+        measures.clear(cluster)
     return 0
 
 
@@ -55,22 +57,24 @@ def command(measure: str, arguments: argparse.Namespace) -> str:
         "burst": ("--jobs", "--runs"),
         "start": ("--jobs", "--runs"),
         "rest": ("--resting",),
-        "writes": (),
-    }[measure]
+    }.get(measure, ())
     return " ".join(["python -m tests.bench", measure, *(f"{o} {getattr(arguments, o[2:])}" for o in sizes)])
 
 
-def surroundings(cluster: Cluster) -> Mapping[str, str]:
+def surroundings(cluster: Cluster | None, *, is_shared: bool) -> Mapping[str, str]:
     """When and on what the figures are taken."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    kubernetes = json.loads(cluster.kubectl("version", "--output=json"))["serverVersion"]["gitVersion"]
-    machine = (
-        f"{os.cpu_count()} cores, {memory:.0f} GiB, {system}, Kubernetes {kubernetes}, Python {sys.version.split()[0]}"
-    )
+    parts = [f"{os.cpu_count()} cores", f"{memory:.0f} GiB", system]
+    if cluster:
+        version = json.loads(cluster.kubectl("version", "--output=json"))
+        parts.append(f"Kubernetes {version['serverVersion']['gitVersion']}")
+    parts.append(f"Python {sys.version.split()[0]}")
+    if is_shared:
+        parts.append("shared with other work")
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "machine": machine,
+        "machine": ", ".join(parts),
         "load": " ".join(f"{value:.1f}" for value in os.getloadavg()[:2]),
     }
 
@@ -91,6 +95,9 @@ MEASURES: dict[str, Callable[[Cluster, argparse.Namespace], Measured]] = {
     "rest": _alone(measures.measure_rest, "resting"),
     "writes": lambda cluster, _: measures.measure_writes(cluster),
 }
+
+#: Without a cluster.
+ALONE: dict[str, Callable[[], Measured]] = {"placement": placement.measure}
 
 if __name__ == "__main__":
     sys.exit(main())

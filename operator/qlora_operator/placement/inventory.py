@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_operator.placement.flavours import AMD, Demands, Flavour, Offers, Refused
-from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Labels, Node, read, selects
+from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Labels, Node, read
 
 Raw = Mapping[str, Any]
 
@@ -22,15 +22,15 @@ class _Group:
 
     def __init__(self, gpus: Gpus | None, access: Access) -> None:
         self.gpus, self.access = gpus, access
-        self.members: set[str] = set()
+        self.members: dict[str, Labels] = {}
         self._first: str | None = None
 
-    def add(self, name: str) -> None:
-        self.members.add(name)
+    def add(self, name: str, labels: Labels) -> None:
+        self.members[name] = labels
         self._first = None if self._first is None else min(self._first, name)
 
     def discard(self, name: str) -> None:
-        self.members.discard(name)
+        self.members.pop(name, None)
         self._first = None if self._first == name else self._first
 
     @property
@@ -85,7 +85,7 @@ class Inventory:
             return False
         if old:
             self._leave(new.name, old)
-        groups = tuple(self._join(new.name, gpus, new.access) for gpus in (None, *new.gpus))
+        groups = tuple(self._join(new, gpus) for gpus in (None, *new.gpus))
         self._nodes[new.name] = _Kept(groups, new.memory_bytes, new.labels)
         return True
 
@@ -106,11 +106,11 @@ class Inventory:
             changed |= self.remove(name)
         return changed
 
-    def _join(self, name: str, gpus: Gpus | None, access: Access) -> _Group:
-        group = self._groups.get((gpus, access))
+    def _join(self, node: Node, gpus: Gpus | None) -> _Group:
+        group = self._groups.get((gpus, node.access))
         if group is None:
-            group = self._groups[gpus, access] = _Group(gpus, access)
-        group.add(name)
+            group = self._groups[gpus, node.access] = _Group(gpus, node.access)
+        group.add(node.name, node.labels)
         return group
 
     def _leave(self, name: str, kept: _Kept) -> None:
@@ -149,8 +149,8 @@ class Inventory:
                 self._nodes[name].memory_bytes
                 for group in self._groups.values()
                 if group.gpus is None and isinstance(self._open(group, demands), int)
-                for name in group.members
-                if selects(demands, self._nodes[name].labels)
+                for name, labels in group.members.items()
+                if _selects(demands, labels)
             ),
             default=0,
         )
@@ -159,12 +159,17 @@ class Inventory:
         """On how many of the group's nodes pods of the job may run, or why on none."""
         selected = len(group.members)
         if demands.node_selector:
-            selected = sum(selects(demands, self._nodes[name].labels) for name in group.members)
+            selected = sum(_selects(demands, labels) for labels in group.members.values())
         if not selected:
-            labels = self._nodes[group.first].labels
+            labels = group.members[group.first]
             wanted = {k: v for k, v in (demands.node_selector or {}).items() if labels.get(k) != v}
             return "spec.podTemplate.nodeSelector asks for " + ", ".join(f"{k}={v}" for k, v in sorted(wanted.items()))
         return group.access.closed(group.first, demands.tolerations) or selected
+
+
+def _selects(demands: Demands, labels: Labels) -> bool:
+    """Whether a node with `labels` is one that the job's node selector asks for."""
+    return demands.node_selector is None or demands.node_selector.items() <= labels.items()
 
 
 def _unfit(group: _Group, demands: Demands) -> str | None:

@@ -20,7 +20,6 @@ from qlora_operator.placement.flavours import (
     NVIDIA,
     PRODUCT,
     RESOURCE,
-    Demands,
     Flavour,
     tolerates,
 )
@@ -31,6 +30,7 @@ Labels = Mapping[str, str]
 
 GIB = 1024**3
 UNLABELLED = "unlabelled GPU"
+VENDORS = ("nvidia.com/", "amd.com/", "beta.amd.com/")
 #: Slices of the mixed strategy: the resource, and before a dot and a name its labels.
 MIG = "nvidia.com/mig-"
 #: In a product's name: a slice of it. "INVALID" after it: its GPUs are not all cut alike.
@@ -106,11 +106,12 @@ def read(node: Raw) -> Node:
     metadata, status = node["metadata"], node.get("status") or {}
     # of thousands of nodes nearly all labels are the same text: kept once
     labels = {intern(name): intern(value) for name, value in (metadata.get("labels") or {}).items()}
+    of_gpus = {name: value for name, value in labels.items() if name.startswith(VENDORS)}
     allocatable = status.get("allocatable") or {}
     return Node(
         metadata["name"],
         _access(node, labels),
-        (*_nvidia(labels, allocatable), *_amd(labels, allocatable)),
+        (*_nvidia(of_gpus, allocatable), *_amd(of_gpus, allocatable)),
         amount(allocatable.get("memory", "0")),
         labels,
     )
@@ -291,8 +292,3 @@ def _labelled(labels: Labels, kind: str) -> list[tuple[str, str, str]]:
         if counted:
             return [(name, labels[name], name.removeprefix(f"{prefix}.")) for name in counted]
     return []
-
-
-def selects(demands: Demands, labels: Labels) -> bool:
-    """Whether a node with `labels` is one that the job's node selector asks for."""
-    return all(labels.get(name) == value for name, value in (demands.node_selector or {}).items())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qlora_operator.placement.flavours import Demands, Flavour, Offers, tolerates
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.placement.products import products
+from tests.cluster import gpus
 from tests.unit.operator.given import A10, A100_40, A100_80, GIB, H100, L40S, MIB, gpu_node
 
 Raw = dict[str, Any]
@@ -394,6 +395,24 @@ def test_of_several_nodes_that_do_not_serve_the_first_one_by_name_is_told_of() -
     nodes = [gpu_node("b", *A10, ready=False), gpu_node("a", *A10, taints=[TEAM_TAINT])]
     reason = "taint team=vision:NoSchedule is not in spec.podTemplate.tolerations"
     assert refusals(*nodes) == refusals(*nodes[::-1]) == {A10[0]: reason}
+
+
+def test_the_nodes_that_end_to_end_tests_make_are_read_as_what_they_play() -> None:
+    """GPUs that are not there, for a cluster whose nodes are played."""
+    played = {
+        "single": (gpus.mig_single(gpus.H100, gpus.SEVENTH), [("nvidia.com/gpu", 7, 9728)]),
+        "mixed": (
+            gpus.mig_mixed(gpus.H100, [gpus.HALF, gpus.SEVENTH], whole=2),
+            [("nvidia.com/gpu", 2, 81559), ("nvidia.com/mig-1g.10gb", 7, 9728), ("nvidia.com/mig-3g.40gb", 2, 40448)],
+        ),
+        "shared": (gpus.shared(gpus.T4, 1), []),
+        "amd": (gpus.amd("Instinct_MI210", 64, 8), [("amd.com/gpu", 8, 64 * 1024 - 512)]),
+        "consumer": ((gpus.labels(gpus.RTX_4090, 4), {"nvidia.com/gpu": "4"}), [("nvidia.com/gpu", 4, 24564)]),
+        "old": ((gpus.labels(gpus.V100, 8), {"nvidia.com/gpu": "8"}), [("nvidia.com/gpu", 8, 32768)]),
+    }
+    for name, ((labels, amounts), expected) in played.items():
+        found = offers(node(name, labels, amounts), demands=AMD if name == "amd" else None).flavours
+        assert [(f.resource, f.gpus_per_node, f.memory_bytes // MIB) for f in found] == expected, name
 
 
 # --- what jobs demand ---
