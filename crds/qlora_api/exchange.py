@@ -110,6 +110,10 @@ class ModelShape(Document):
     dtype: str = Field(description="Type of the stored weights.")
     bytes_on_disk: int = Field(ge=0, description="Bytes of the weights' files.")
     linear: list[LinearModule] = Field(description="Linear layers of the blocks; the output head is not among them.")
+    family: str = Field(default="", description="config.json's model_type, of the text model where there are several.")
+    sliding_window: int | None = Field(
+        default=None, ge=1, description="Tokens that layers look back, where some do not look back to the start."
+    )
 
 
 class TokenCounts(Document):

@@ -70,10 +70,12 @@ class Layers:
         del result, scaled
         return total if training.autocast else self.cast(tape, total, itemsize, purpose)
 
-    def norm(self, tape: Tape, x: Tensor) -> Tensor:
-        """weight * (x * rsqrt(mean(x²) + ε)), computed in fp32."""
-        rows, tokens = x.elements, self.training.tokens
-        stream = x.itemsize
+    def norm(self, tape: Tape, x: Tensor, *, heads: int = 1) -> Tensor:
+        """weight * (x * rsqrt(mean(x²) + ε)), computed in fp32; of each token, or of each of its `heads`."""
+        rows, tokens = x.elements, self.training.tokens * heads
+        stream, family = x.itemsize, self.training.decoder.family
+        if family.layer_norms:
+            return self._layer_norm(tape, x, tokens)
         x = self.cast(tape, x, 4, NORM)
         squares = tape.op(NORM, rows, 4, [Into(x.key, 4 * rows, scratch=(4 * rows, 4 * rows))], saves=[x])
         mean = tape.op(NORM, tokens, 4, [Into(squares.key, 4 * rows)])
@@ -83,8 +85,24 @@ class Layers:
         into = [Into(rsqrt.key, 4 * tokens, scratch=(4 * rows,)), Into(x.key, 4 * rows)]
         normed = tape.op(NORM, rows, 4, into, saves=[x, rsqrt])
         del x, rsqrt
-        normed = self.cast(tape, normed, stream, NORM)
-        return tape.op(NORM, rows, stream, [Into(normed.key, rows * stream)])
+        if not family.wide_norms:
+            normed = self.cast(tape, normed, stream, NORM)
+        weighted = tape.op(NORM, rows, normed.itemsize, [Into(normed.key, rows * normed.itemsize)])
+        del normed
+        return self.cast(tape, weighted, stream, NORM)
+
+    def _layer_norm(self, tape: Tape, x: Tensor, tokens: int) -> Tensor:
+        """torch's own: keeps its input, and mean and deviation of each token in fp32."""
+        statistics = tape.tensor(self.trace.new(8 * tokens, NORM), 2 * tokens, 4)
+        into = Into(x.key, x.elements * x.itemsize)
+        return tape.op(NORM, x.elements, x.itemsize, [into], saves=[x, statistics])
+
+    def capped(self, tape: Tape, x: Tensor, purpose: str) -> Tensor:
+        """cap·tanh(x/cap): each step makes a tensor, and tanh keeps its own for the backward."""
+        size = x.elements * x.itemsize
+        x = tape.op(purpose, x.elements, x.itemsize, [Into(x.key, size)])
+        x = tape.op(purpose, x.elements, x.itemsize, [Into(x.key, size)], saves_output=True)
+        return tape.op(purpose, x.elements, x.itemsize, [Into(x.key, size)])
 
     def _rotated(self, tape: Tape, x: Tensor) -> Tensor:
         """x·cos + rotate_half(x)·sin."""
@@ -112,6 +130,8 @@ class Layers:
             q, k, v = (self._linear(tape, x, linear, ATTENTION) for linear in decoder.attention_in)
         else:
             q, k, v = self._views(tape, x, widths)
+        if decoder.family.head_norms:
+            q, k = self.norm(tape, q, heads=decoder.heads), self.norm(tape, k, heads=decoder.kv_heads)
         q, k = self._rotated(tape, q), self._rotated(tape, k)
         if training.attention == "eager":
             out, scores = self._eager(tape, q, k, v)
@@ -147,6 +167,8 @@ class Layers:
         del q, k
         scaled = tape.op(ATTENTION, scores, itemsize, [Into(raw.key, size)])
         del raw
+        if training.decoder.family.caps_scores:
+            scaled = self.capped(tape, scaled, ATTENTION)
         masked = tape.op(ATTENTION, scores, itemsize, [Into(scaled.key, None)])
         del scaled
         # the backward of softmax multiplies gradient and output into a tensor of its own
@@ -222,11 +244,20 @@ class Layers:
         return tape.op(purpose, x.elements, wide, into)
 
     def layer(self, tape: Tape, x: Tensor, mask: Storage | None) -> Tensor:
+        family = self.training.decoder.family
         residual = x
         x = self.norm(tape, x)
+        if family.parallel:
+            attended, _scores = self._attention(tape, x, mask)
+            x = self._added(tape, attended, self._mlp(tape, x), NORM)
+            return self._added(tape, x, residual, NORM)
         x, _scores = self._attention(tape, x, mask)  # the layer has the scores in hand until it ends
+        if family.post_norms:
+            x = self.norm(tape, x)
         x = self._added(tape, residual, x, NORM)
         residual = x
         x = self.norm(tape, x)
         x = self._mlp(tape, x)
+        if family.post_norms:
+            x = self.norm(tape, x)
         return self._added(tape, residual, x, NORM)

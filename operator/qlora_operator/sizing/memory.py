@@ -83,7 +83,9 @@ def training_memory(shape: ModelShape, recipe: Recipe, *, micro_batch_size: int,
 
 def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int) -> Training:
     """`recipe` as this project's trainer runs it: adapters in fp32, no autocast, the base in the compute type."""
-    masked = recipe.attention == "sdpa" and (recipe.packing or micro_batch_size > 1)
+    apart = recipe.packing or micro_batch_size > 1
+    window_ends = decoder.sliding_window is not None and decoder.sliding_window < recipe.max_length
+    masked = recipe.attention == "sdpa" and (apart or window_ends)
     return Training(
         decoder=decoder,
         method=recipe.method,
@@ -99,6 +101,7 @@ def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int) -> Tra
         state_bytes=OPTIMIZER_BYTES.get(recipe.optimizer, 8.0),
         update_bytes=4.0 if recipe.optimizer == "adamw_torch" else 0.0,
         masked=masked,
+        masks=2 if decoder.family.alternates and (apart or recipe.attention == "eager") else 1,
         accumulates=recipe.effective_batch_size > micro_batch_size,
         expands_heads=masked,
     )

@@ -185,7 +185,7 @@ class Rank:
         if training.attention != "eager" and not training.masked:
             return None
         itemsize = training.stream_bytes if training.attention == "eager" else 1
-        return self.trace.new(training.pairs * itemsize, ATTENTION)
+        return self.trace.new(training.masks * training.pairs * itemsize, ATTENTION)
 
     def _gathered_root(self) -> list[Storage]:
         """Under FSDP, embedding and head, whole during forward and backward."""
@@ -234,6 +234,8 @@ class Rank:
         head = trace.new(unpacked, LOGITS) if unpacked else None
         logits = tape.op(LOGITS, elements, hidden.itemsize, [Into(hidden.key, hidden.elements * hidden.itemsize)])
         del hidden
+        if decoder.family.caps_logits:
+            logits = self.layers.capped(tape, logits, LOGITS)
         kept = logits.storage if training.keeps_logits else None
         wide = self.layers.cast(tape, logits, 4, LOGITS)
         last = wide.key

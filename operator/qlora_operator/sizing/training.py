@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_api.exchange import ModelShape
+from qlora_operator.sizing.families import FAMILIES, LLAMA, Family
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -55,6 +56,9 @@ class Decoder:
     others: tuple[Linear, ...]
     #: Weights of a block that are in no linear layer: norms and biases.
     other_weights: int
+    family: Family = LLAMA
+    #: Tokens that layers look back, where some do not look back to the start.
+    sliding_window: int | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -108,6 +112,8 @@ def decoder_of(shape: ModelShape) -> Decoder:
         mlp_out=mlp_out,
         others=tuple(linear for linear in rest if linear not in (*mlp_in, mlp_out)),
         other_weights=max(0, shape.parameters - embeddings - in_linears) // shape.layers,
+        family=FAMILIES.get(shape.family, LLAMA),
+        sliding_window=shape.sliding_window,
     )
 
 
@@ -140,8 +146,10 @@ class Training:
     keeps_logits: bool = False
     #: Cross-entropy in tiles of the head's product, so that the logits are never whole (TRL's `loss_type="nll"`).
     fused_loss: bool = False
-    #: Tokens that must not see one another are kept apart by a mask: packed examples, or padding.
+    #: Tokens that must not see one another are kept apart by a mask: packed examples, padding, or a window's end.
     masked: bool = False
+    #: How many of them there are: layers that look back a window have their own.
+    masks: int = 1
     #: Several micro-batches per step: all but the first begin with the gradients of those before.
     accumulates: bool = False
     #: Keys and values are repeated for each head that shares them before the attention kernel.
