@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_api.exchange import LinearModule, ModelShape
+from qlora_api.exchange import ExpertWeights, LinearModule, ModelShape
 from qlora_operator.sizing.families import FAMILIES
 
 #: What transformers takes where config.json leaves a key out.
@@ -24,6 +24,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"head_dim": 128},
 }
+#: Families whose queries, keys and values come from latents, and whose experts share an MLP.
+_LATENT = ("deepseek_v2", "deepseek_v3")
 #: Families that look back a window only where `use_sliding_window` says so.
 _WINDOW_ON_REQUEST = ("qwen2", "qwen3", "qwen3_moe")
 
@@ -83,15 +85,28 @@ def shape_of_config(config: object) -> ModelShape:
     inner, vocabulary = given.number("intermediate_size"), given.number("vocab_size")
     kv_heads = given.number_or(heads, "num_key_value_heads")
     head_dim = given.number_or(hidden // heads, "head_dim")
-    attention, attention_others = _attention(given, family, hidden, heads, kv_heads, head_dim)
+    if family in _LATENT:
+        head_dim = given.number("qk_nope_head_dim") + given.number("qk_rope_head_dim")
+        attention, attention_others = _latent_attention(given, hidden, heads, head_dim)
+    else:
+        attention, attention_others = _attention(given, family, hidden, heads, kv_heads, head_dim)
     mlp, mlp_others = _mlp(given, family, hidden, inner)
-    sizes = [(name, inputs, outputs, layers) for name, inputs, outputs in (*attention, *mlp)]
+    sparse = _mixed_layers(given, family, layers)
+    experts = _experts(given, family, hidden, inner, sparse) if sparse else []
+    sizes = [(name, inputs, outputs, layers) for name, inputs, outputs in attention]
+    sizes += [(name, inputs, outputs, layers - sparse) for name, inputs, outputs in mlp if sparse < layers]
+    if sparse and family in _LATENT:
+        shared = given.number("moe_intermediate_size") * given.number("n_shared_experts")
+        sizes += [(name, inputs, outputs, sparse) for name, inputs, outputs in _mlp(given, family, hidden, shared)[0]]
     norm = 2 * hidden if FAMILIES[family].layer_norms else hidden
     norms = 1 if FAMILIES[family].parallel else 4 if FAMILIES[family].post_norms else 2
     tied = given.flag("tie_word_embeddings")
     parameters = (
         sum(inputs * outputs * count for _, inputs, outputs, count in sizes)
-        + layers * (norms * norm + attention_others + mlp_others)
+        + layers * (norms * norm + attention_others)
+        + (layers - sparse) * mlp_others
+        + sum(weights.weights for weights in experts)
+        + (sparse * experts[0].experts * hidden if experts else 0)  # routers
         + vocabulary * hidden * (1 if tied else 2)
         + (vocabulary if family == "phi" else 0)  # Phi's head has a bias
         + norm
@@ -116,6 +131,8 @@ def shape_of_config(config: object) -> ModelShape:
         ],
         family=family,
         sliding_window=_window(given, family),
+        experts=experts,
+        experts_per_token=given.number("num_experts_per_tok") if experts else 0,
     )
 
 
@@ -140,6 +157,48 @@ def _attention(given: _Settings, family: str, hidden: int, heads: int, kv_heads:
     return linears, others
 
 
+def _latent_attention(given: _Settings, hidden: int, heads: int, head_dim: int) -> _Part:
+    """Queries, keys and values by way of latents; queries directly where `q_lora_rank` is null."""
+    rank, rope, value = (given.number(key) for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"))
+    linears, others = [("q_proj", hidden, heads * head_dim)], rank
+    if "q_lora_rank" in given.given:
+        latent = given.number("q_lora_rank")
+        linears = [("q_a_proj", hidden, latent), ("q_b_proj", latent, heads * head_dim)]
+        others += latent
+    linears += [
+        ("kv_a_proj_with_mqa", hidden, rank + rope),
+        ("kv_b_proj", rank, heads * (head_dim - rope + value)),
+        ("o_proj", heads * value, hidden),
+    ]
+    if given.flag("attention_bias"):
+        others += rank + rope + hidden + (linears[0][2] if "q_lora_rank" in given.given else 0)
+    return linears, others
+
+
+def _mixed_layers(given: _Settings, family: str, layers: int) -> int:
+    """Layers with routed experts."""
+    if family == "mixtral":
+        return layers
+    if family == "qwen3_moe":
+        dense = given.given.get("mlp_only_layers") or []
+        step = given.number_or(1, "decoder_sparse_step")
+        return sum(1 for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
+    if family in _LATENT:
+        return layers - min(layers, int(given.given.get("first_k_dense_replace", 0)))
+    return 0
+
+
+def _experts(given: _Settings, family: str, hidden: int, inner: int, layers: int) -> list[ExpertWeights]:
+    """Gate and up, and down, of all experts of a layer, as transformers keeps them."""
+    number = given.number("num_local_experts", "num_experts", "n_routed_experts")
+    inner = inner if family == "mixtral" else given.number("moe_intermediate_size")
+    sizes = (("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden))
+    return [
+        ExpertWeights(name=name, experts=number, in_features=inputs, out_features=outputs, count=layers)
+        for name, inputs, outputs in sizes
+    ]
+
+
 def _mlp(given: _Settings, family: str, hidden: int, inner: int) -> _Part:
     if family == "phi":
         return [("fc1", hidden, inner), ("fc2", inner, hidden)], inner + hidden
@@ -153,6 +212,6 @@ def _window(given: _Settings, family: str) -> int | None:
     """Tokens that layers look back, where some do not look back to the start."""
     if family in _WINDOW_ON_REQUEST and not given.flag("use_sliding_window"):
         return None
-    if family in ("llama", "phi", "deepseek_v2", "deepseek_v3") or not given.given.get("sliding_window"):
+    if family in ("llama", "phi", *_LATENT) or not given.given.get("sliding_window"):
         return None
     return given.number("sliding_window")

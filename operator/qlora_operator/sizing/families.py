@@ -24,6 +24,8 @@ class Family:
     caps_scores: bool = False
     #: Some layers look back a window, others to the start: two masks.
     alternates: bool = False
+    #: The weights that a router gives its experts are in the compute type, else in fp32.
+    narrow_routers: bool = False
 
 
 LLAMA = Family()
@@ -37,4 +39,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(post_norms=True, head_norms=True, wide_norms=True, alternates=True),
     "phi3": LLAMA,
     "phi": Family(layer_norms=True, parallel=True),
+    "mixtral": LLAMA,
+    "qwen3_moe": Family(head_norms=True, narrow_routers=True),
+    "deepseek_v2": LLAMA,
+    "deepseek_v3": LLAMA,
 }

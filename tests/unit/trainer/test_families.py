@@ -34,6 +34,12 @@ def test_the_config_alone_gives_every_weight_and_every_linear_layer(name: str) -
     for module in shape.linear:
         found[module.name, module.in_features, module.out_features] += module.count
     assert found == linears
+    fused = Counter(
+        (name.rpartition(".")[2], *parameter.shape)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3
+    )
+    assert fused == {(w.name, w.experts, w.out_features, w.in_features): w.count for w in shape.experts}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
