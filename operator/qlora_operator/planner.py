@@ -11,7 +11,7 @@ from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Pl
 from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
 from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
 from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
-from qlora_operator.sizing.training import DTYPE_BYTES
+from qlora_operator.sizing.training import DTYPE_BYTES, adapted_by_default, attention_by_default
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
@@ -84,8 +84,8 @@ GPU_TOLERATION: dict[str, Any] = {"key": "nvidia.com/gpu", "operator": "Exists"}
 
 def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) -> list[Recipe] | Unfit:
     """The recipes that the spec allows for a model, the preferred one first: LoRA where it fits, else QLoRA."""
-    known = [m.name for m in shape.linear]
-    targets = list(spec.lora.target_modules or known)
+    known = list(dict.fromkeys(m.name for m in shape.linear))
+    targets = list(spec.lora.target_modules or adapted_by_default(shape))
     if unknown := sorted(set(targets) - set(known)):
         return Unfit(
             "UnknownTargetModules",
@@ -96,6 +96,15 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
         return Unfit(
             "SequenceTooLong",
             f"spec.dataset.maxLength: {max_length} tokens, the model takes {shape.max_position}",
+            final=True,
+        )
+    usual = attention_by_default(shape)
+    attention = spec.training.attention or usual
+    if attention == "sdpa" != usual:
+        return Unfit(
+            "AttentionCannotWork",
+            f"spec.training.attention: sdpa cannot cap scores, as {shape.family} does: "
+            f"leave the field out, or give {usual}",
             final=True,
         )
     methods: list[Method] = [spec.method] if spec.method else ["lora", "qlora"]
@@ -127,7 +136,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             optimizer=training.optimizer or "paged_adamw_8bit",
             seed=training.seed,
             gradient_checkpointing=training.gradient_checkpointing,
-            attention=training.attention or "sdpa",
+            attention=attention,
             max_grad_norm=training.max_grad_norm,
             evals_per_epoch=training.evals_per_epoch,
         )
@@ -214,6 +223,7 @@ def _as_plan(
             total_bytes=memory.total_bytes,
             gpu_bytes=capacity,
             headroom_percent=spec.hardware.headroom_percent,
+            notes=memory.notes,
         ),
         host_memory_bytes=memory.total_bytes if on_cpu else host_memory_bytes(inspection),
         disk_bytes=disk_bytes(spec, inspection, recipe),
