@@ -94,6 +94,21 @@ class LinearModule(Document):
     count: int = Field(ge=1, description="How many of them the model has.")
 
 
+class ExpertWeights(Document):
+    """One kind of weights of a mixture's routed experts: those of all experts of a layer are one tensor."""
+
+    name: str = Field(description="Last part of the parameter's name, for example gate_up_proj.")
+    experts: int = Field(ge=1, description="Experts in one layer.")
+    in_features: int = Field(ge=1, description="Width of one expert's input.")
+    out_features: int = Field(ge=1, description="Width of its output.")
+    count: int = Field(ge=1, description="Layers that have it.")
+
+    @property
+    def weights(self) -> int:
+        """Weights in all layers."""
+        return self.count * self.experts * self.in_features * self.out_features
+
+
 class ModelShape(Document):
     """What the memory of a training depends on, read from config.json and the weights' headers."""
 
@@ -110,6 +125,18 @@ class ModelShape(Document):
     dtype: str = Field(description="Type of the stored weights.")
     bytes_on_disk: int = Field(ge=0, description="Bytes of the weights' files.")
     linear: list[LinearModule] = Field(description="Linear layers of the blocks; the output head is not among them.")
+    family: str = Field(default="", description="config.json's model_type, of the text model where there are several.")
+    sliding_window: int | None = Field(
+        default=None, ge=1, description="Tokens that layers look back, where some do not look back to the start."
+    )
+    experts: list[ExpertWeights] = Field(
+        default_factory=list, description="Weights of routed experts; they are not among the linear layers."
+    )
+    experts_per_token: int = Field(default=0, ge=0, description="Routed experts that work on each token.")
+    experts_quantized: bool = Field(
+        default=False,
+        description="Whether 4-bit loading reaches the routed experts; else they stay in the compute type.",
+    )
 
 
 class TokenCounts(Document):

@@ -73,6 +73,8 @@ def show_estimates(found: list[Estimate], console: Console) -> None:
             table.add_row(item.name, f"{item.bytes / GIB:.2f}", "█" * round(BAR * item.bytes / total))
         console.print(f"{estimate.recipe.method}: {total / GIB:.1f} GiB on one GPU")
         console.print(table)
+        for note in estimate.memory.notes:
+            console.print(f"note: {note}")
         need = estimate.needed_bytes / GIB
         console.print(f"needs a GPU of {need:.1f} GiB with {estimate.headroom_percent} % headroom\n")
 
@@ -90,6 +92,7 @@ def estimates_as_json(model: str, shape: ModelShape, found: list[Estimate], micr
                 "method": estimate.recipe.method,
                 "totalBytes": estimate.memory.total_bytes,
                 "items": [{"name": item.name, "bytes": item.bytes} for item in estimate.memory.items],
+                "notes": list(estimate.memory.notes),
             }
             for estimate in found
         ],

@@ -20,7 +20,7 @@ from qlora_operator.placement.choice import (
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
-from qlora_operator.sizing.training import DTYPE_BYTES
+from qlora_operator.sizing.training import DTYPE_BYTES, adapted_by_default, attention_by_default
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
@@ -256,8 +256,8 @@ BFLOAT16_SINCE = (8, 0)
 
 def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) -> list[Recipe] | Unfit:
     """The recipes that the spec allows for a model, the preferred one first: LoRA where it fits, else QLoRA."""
-    known = [m.name for m in shape.linear]
-    targets = list(spec.lora.target_modules or known)
+    known = list(dict.fromkeys(m.name for m in shape.linear))
+    targets = list(spec.lora.target_modules or adapted_by_default(shape))
     if unknown := sorted(set(targets) - set(known)):
         return Unfit(
             "UnknownTargetModules",
@@ -268,6 +268,15 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
         return Unfit(
             "SequenceTooLong",
             f"spec.dataset.maxLength: {max_length} tokens, the model takes {shape.max_position}",
+            final=True,
+        )
+    usual = attention_by_default(shape)
+    attention = spec.training.attention or usual
+    if attention == "sdpa" != usual:
+        return Unfit(
+            "AttentionCannotWork",
+            f"spec.training.attention: sdpa cannot cap scores, as {shape.family} does: "
+            f"leave the field out, or give {usual}",
             final=True,
         )
     methods: list[Method] = [spec.method] if spec.method else ["lora", "qlora"]
@@ -300,7 +309,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             seed=training.seed,
             gradient_checkpointing=training.gradient_checkpointing,
             offload=training.offload,
-            attention=training.attention or "sdpa",
+            attention=attention,
             max_grad_norm=training.max_grad_norm,
             evals_per_epoch=training.evals_per_epoch,
         )
@@ -363,6 +372,7 @@ def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
             total_bytes=memory.total_bytes,
             gpu_bytes=flavour.memory_bytes,
             headroom_percent=spec.hardware.headroom_percent,
+            notes=memory.notes,
         ),
         host_memory_bytes=memory.total_bytes if flavour.product == CPU else host_memory_bytes(inspection),
         disk_bytes=disk_bytes(spec, inspection, recipe),

@@ -181,7 +181,8 @@ class Lora(SpecPart):
     target_modules: Annotated[tuple[Word, ...], Field(min_length=1, max_length=64), Distinct] | None = Field(
         default=None,
         json_schema_extra=AS_SET,
-        description="Names of the linear layers that get an adapter, such as q_proj. Absent: all but the LM head.",
+        description="Names of the linear layers that get an adapter, such as q_proj. Absent: all but the LM head; "
+        "of a mixture of experts, those of the attention.",
     )
     rslora: Flag = Field(default=False, description="Rank-stabilised scale: alpha/√rank. For ranks of 64 and more.")
     dora: Flag = Field(default=False, description="Learn magnitude and direction apart (DoRA). Slower, closer to full.")
@@ -250,7 +251,9 @@ class Training(SpecPart):
     gradient_checkpointing: Flag = Field(
         default=True, description="Recompute activations in the backward pass: a fifth slower, much less memory."
     )
-    attention: Attention | None = Field(default=None, description="Attention kernel. Absent: sdpa.")
+    attention: Attention | None = Field(
+        default=None, description="Attention kernel. Absent: sdpa, or eager where the model caps scores."
+    )
     offload: Offload = Field(default="none", description="What is moved to host memory when GPU memory is short.")
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     evals_per_epoch: Integer = Field(

@@ -69,6 +69,7 @@ class MemoryPlan(Document):
     measured_bytes: int | None = Field(
         default=None, description="What the training took at its peak, beside what was predicted."
     )
+    notes: tuple[str, ...] = Field(default=(), description="What is particular to this model's plan.")
 
 
 class Rejected(Document):

@@ -1,7 +1,8 @@
 """Well-known models, so that planning works offline: `catalogue.json`, one entry per repository of Hugging Face's hub.
 
-`config` has what the shape follows from, as in the repository's config.json; `parameters` is the published count, which
-the shape must give exactly (tested); `gated` says whether the weights are given only to those who accept a licence.
+`config` has what the shape follows from, as in the repository's config.json, and `source` where that was read;
+`parameters` is the published count to the last weight, which the shape must give exactly (tested); `gated` says whether
+the weights are given only to those who accept a licence.
 """
 
 from __future__ import annotations
@@ -24,19 +25,18 @@ class KnownModel:
     repository: str
     parameters: int
     gated: bool
+    source: str
     shape: ModelShape
-
-    @property
-    def source(self) -> str:
-        """Where its shape can be looked up."""
-        return f"https://huggingface.co/{self.repository}/blob/main/config.json"
 
 
 @cache
 def catalogue() -> dict[str, KnownModel]:
     """Every model of the catalogue, by repository."""
     entries = json.loads(files("qlora_operator.sizing").joinpath("catalogue.json").read_text(encoding="utf-8"))
-    known = (KnownModel(e["repository"], e["parameters"], e["gated"], shape_of_config(e["config"])) for e in entries)
+    known = [
+        KnownModel(e["repository"], e["parameters"], e["gated"], e["source"], shape_of_config(e["config"]))
+        for e in entries
+    ]
     return {model.repository: model for model in known}
 
 

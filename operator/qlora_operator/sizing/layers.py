@@ -8,7 +8,7 @@ autograd keeps for it is in `saves`, what its backward allocates in `Into`.
 from __future__ import annotations
 
 from qlora_operator.sizing.tensors import Into, Storage, Tape, Tensor, Trace
-from qlora_operator.sizing.training import Linear, Training
+from qlora_operator.sizing.training import Experts, Latent, Linear, Training
 
 ATTENTION = "attention"
 MLP = "MLP"
@@ -70,10 +70,12 @@ class Layers:
         del result, scaled
         return total if training.autocast else self.cast(tape, total, itemsize, purpose)
 
-    def norm(self, tape: Tape, x: Tensor) -> Tensor:
-        """weight * (x * rsqrt(mean(x²) + ε)), computed in fp32."""
-        rows, tokens = x.elements, self.training.tokens
-        stream = x.itemsize
+    def norm(self, tape: Tape, x: Tensor, *, heads: int = 1) -> Tensor:
+        """weight * (x * rsqrt(mean(x²) + ε)), computed in fp32; of each token, or of each of its `heads`."""
+        rows, tokens = x.elements, self.training.tokens * heads
+        stream, family = x.itemsize, self.training.decoder.family
+        if family.layer_norms:
+            return self._layer_norm(tape, x, tokens)
         x = self.cast(tape, x, 4, NORM)
         squares = tape.op(NORM, rows, 4, [Into(x.key, 4 * rows, scratch=(4 * rows, 4 * rows))], saves=[x])
         mean = tape.op(NORM, tokens, 4, [Into(squares.key, 4 * rows)])
@@ -83,8 +85,24 @@ class Layers:
         into = [Into(rsqrt.key, 4 * tokens, scratch=(4 * rows,)), Into(x.key, 4 * rows)]
         normed = tape.op(NORM, rows, 4, into, saves=[x, rsqrt])
         del x, rsqrt
-        normed = self.cast(tape, normed, stream, NORM)
-        return tape.op(NORM, rows, stream, [Into(normed.key, rows * stream)])
+        if not family.wide_norms:
+            normed = self.cast(tape, normed, stream, NORM)
+        weighted = tape.op(NORM, rows, normed.itemsize, [Into(normed.key, rows * normed.itemsize)])
+        del normed
+        return self.cast(tape, weighted, stream, NORM)
+
+    def _layer_norm(self, tape: Tape, x: Tensor, tokens: int) -> Tensor:
+        """torch's own: keeps its input, and mean and deviation of each token in fp32."""
+        statistics = tape.tensor(self.trace.new(8 * tokens, NORM), 2 * tokens, 4)
+        into = Into(x.key, x.elements * x.itemsize)
+        return tape.op(NORM, x.elements, x.itemsize, [into], saves=[x, statistics])
+
+    def capped(self, tape: Tape, x: Tensor, purpose: str) -> Tensor:
+        """cap·tanh(x/cap): each step makes a tensor, and tanh keeps its own for the backward."""
+        size = x.elements * x.itemsize
+        x = tape.op(purpose, x.elements, x.itemsize, [Into(x.key, size)])
+        x = tape.op(purpose, x.elements, x.itemsize, [Into(x.key, size)], saves_output=True)
+        return tape.op(purpose, x.elements, x.itemsize, [Into(x.key, size)])
 
     def _rotated(self, tape: Tape, x: Tensor) -> Tensor:
         """x·cos + rotate_half(x)·sin."""
@@ -100,19 +118,15 @@ class Layers:
 
     def _all_heads(self, tape: Tape, x: Tensor) -> Tensor:
         """Keys or values repeated for every head that shares them."""
-        whole = self.training.tokens * self.training.decoder.heads * self.training.decoder.head_dim
-        if x.elements == whole:
+        decoder = self.training.decoder
+        if decoder.kv_heads == decoder.heads:
             return x
+        whole = x.elements // decoder.kv_heads * decoder.heads
         return tape.op(ATTENTION, whole, x.itemsize, [Into(x.key, x.elements * x.itemsize)])
 
     def _attention(self, tape: Tape, x: Tensor, mask: Storage | None) -> tuple[Tensor, Tensor | None]:
         training, decoder = self.training, self.training.decoder
-        widths = [heads * decoder.head_dim for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
-        if len(decoder.attention_in) == 3:
-            q, k, v = (self._linear(tape, x, linear, ATTENTION) for linear in decoder.attention_in)
-        else:
-            q, k, v = self._views(tape, x, widths)
-        q, k = self._rotated(tape, q), self._rotated(tape, k)
+        q, k, v = self._latent(tape, x, decoder.latent) if decoder.latent else self._heads(tape, x)
         if training.attention == "eager":
             out, scores = self._eager(tape, q, k, v)
         else:
@@ -121,6 +135,50 @@ class Layers:
         if decoder.attention_out:
             out = self._linear(tape, out, decoder.attention_out, ATTENTION)
         return out, scores
+
+    def _heads(self, tape: Tape, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, turned by their positions."""
+        decoder = self.training.decoder
+        widths = [heads * decoder.head_dim for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
+        if len(decoder.attention_in) == 3:
+            q, k, v = (self._linear(tape, x, linear, ATTENTION) for linear in decoder.attention_in)
+        else:
+            q, k, v = self._views(tape, x, widths)
+        if decoder.family.head_norms:
+            q, k = self.norm(tape, q, heads=decoder.heads), self.norm(tape, k, heads=decoder.kv_heads)
+        return self._rotated(tape, q), self._rotated(tape, k), v
+
+    def _latent(self, tape: Tape, x: Tensor, latent: Latent) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by way of latents: keys and values of all heads unfold from one, and share the turned part."""
+        training, decoder = self.training, self.training.decoder
+        *queries, kv_down, kv_up = decoder.attention_in
+        of_heads = training.tokens * decoder.heads
+        q = self._linear(tape, x, queries[0], ATTENTION)
+        if len(queries) > 1:
+            q = self._linear(tape, self.norm(tape, q), queries[1], ATTENTION)
+        q_straight, q_turned = tape.split(ATTENTION, q, [of_heads * latent.nope, of_heads * latent.rope])
+        del q
+        compressed = self._linear(tape, x, kv_down, ATTENTION)
+        folded, k_turned = tape.split(
+            ATTENTION, compressed, [training.tokens * latent.rank, training.tokens * latent.rope]
+        )
+        del compressed
+        folded = self.norm(tape, folded)
+        q = self._joined(tape, q_straight, self._rotated(tape, q_turned))
+        del q_straight, q_turned
+        k_turned = self._rotated(tape, k_turned)
+        unfolded = self._linear(tape, folded, kv_up, ATTENTION)
+        del folded
+        k_straight, v = tape.split(ATTENTION, unfolded, [of_heads * latent.nope, of_heads * latent.value])
+        del unfolded
+        return q, self._joined(tape, k_straight, k_turned), v
+
+    def _joined(self, tape: Tape, straight: Tensor, turned: Tensor) -> Tensor:
+        """Each head's part without positions and its part with them (or the one that all share), side by side."""
+        decoder = self.training.decoder
+        elements = self.training.tokens * decoder.heads * decoder.head_dim
+        into = [Into(part.key, part.elements * part.itemsize) for part in (straight, turned)]
+        return tape.op(ATTENTION, elements, straight.itemsize, into)
 
     def _views(self, tape: Tape, x: Tensor, widths: list[int]) -> list[Tensor]:
         """Queries, keys and values as parts of one product."""
@@ -147,6 +205,8 @@ class Layers:
         del q, k
         scaled = tape.op(ATTENTION, scores, itemsize, [Into(raw.key, size)])
         del raw
+        if training.decoder.family.caps_scores:
+            scaled = self.capped(tape, scaled, ATTENTION)
         masked = tape.op(ATTENTION, scores, itemsize, [Into(scaled.key, None)])
         del scaled
         # the backward of softmax multiplies gradient and output into a tensor of its own
@@ -155,7 +215,8 @@ class Layers:
         soft = self.cast(tape, soft, itemsize, ATTENTION)
         if copied and not shared:
             v = self._copied(tape, v)
-        out = tape.op(ATTENTION, v.elements, itemsize, [Into(v.key, rows), Into(soft.key, size)], saves=[soft, v])
+        into = [Into(v.key, v.elements * itemsize), Into(soft.key, size)]
+        out = tape.op(ATTENTION, v.elements, itemsize, into, saves=[soft, v])
         del v
         return self._copied(tape, out), soft
 
@@ -183,10 +244,18 @@ class Layers:
         if mask:  # made of the mask for each layer: 0 or -inf per pair of tokens
             bias = self.trace.new(training.pairs * q.itemsize, ATTENTION)
             saves.append(tape.tensor(bias, training.pairs, q.itemsize))
-        return tape.op(ATTENTION, q.elements, q.itemsize, into, saves=saves, saves_output=True)
+        elements = training.tokens * training.decoder.heads * training.decoder.value_dim
+        return tape.op(ATTENTION, elements, q.itemsize, into, saves=saves, saves_output=True)
 
     def _mlp(self, tape: Tape, x: Tensor) -> Tensor:
-        """down(act(gate(x)) * up(x)), or down(act(up(x)))."""
+        """down(act(gate(x)) * up(x)), or down(act(up(x))); or the experts', and beside them what they share."""
+        decoder = self.training.decoder
+        if decoder.experts:
+            mixed = self._mixture(tape, x, decoder.experts)
+            return self._added(tape, mixed, self._dense(tape, x), MLP) if decoder.mlp_out else mixed
+        return self._dense(tape, x)
+
+    def _dense(self, tape: Tape, x: Tensor) -> Tensor:
         decoder = self.training.decoder
         x = self._beside(tape, x)
         if not decoder.mlp_out:
@@ -207,6 +276,52 @@ class Layers:
         del up
         return self._linear(tape, active, decoder.mlp_out, MLP)
 
+    def _mixture(self, tape: Tape, x: Tensor, experts: Experts) -> Tensor:
+        """Each token's experts: rows sorted by expert, two products over all experts, weighted and put back in order.
+
+        transformers' `grouped_mm`. A token counts once for each of its experts; how they are spread does not matter.
+        """
+        tokens, itemsize, hidden = self.training.tokens, x.itemsize, self.training.decoder.hidden_size
+        pairs = tokens * experts.per_token
+        rows = pairs * hidden
+        into = Into(x.key, x.elements * itemsize)
+        scores = tape.op(MLP, tokens * experts.number, 4, [into], saves_output=True)
+        chosen = tape.op(MLP, pairs, 4, [Into(scores.key, 4 * tokens * experts.number)])
+        del scores
+        order = tape.tensor(self.trace.new(2 * 8 * pairs, MLP), 2 * pairs, 8)  # there and back, as int64
+        picked = tape.op(MLP, rows, itemsize, [into], saves=[order])  # in hand until the end
+        inner = pairs * experts.down.inputs
+        active = self._of_experts(tape, picked, experts.up, experts)
+        gated = experts.up.outputs == 2 * experts.down.inputs
+        gate, up = tape.split(MLP, active, [inner, inner]) if gated else (active, None)
+        active = tape.op(MLP, inner, itemsize, [Into(gate.key, inner * itemsize)], saves=[gate])
+        del gate
+        if up:
+            into = [Into(up.key, inner * itemsize), Into(active.key, inner * itemsize)]
+            active = tape.op(MLP, inner, itemsize, into, saves=[active, up])
+        del up
+        out = self._of_experts(tape, active, experts.down, experts)
+        del active
+        # what the router's weights multiply is fp32 where they are
+        wide = itemsize if self.training.decoder.family.narrow_routers else 4
+        size = rows * wide
+        into = [Into(out.key, rows * itemsize, scratch=(size,)), Into(chosen.key, 4 * pairs, scratch=(size,))]
+        weighted = tape.op(MLP, rows, wide, into, saves=[out, chosen])
+        del out, chosen
+        weighted = tape.op(MLP, rows, wide, [Into(weighted.key, size, scratch=(size,))], saves=[order])
+        total = tape.op(MLP, tokens * hidden, wide, [Into(weighted.key, None)])
+        del weighted, picked, order
+        return self.cast(tape, total, itemsize, MLP)
+
+    def _of_experts(self, tape: Tape, x: Tensor, linear: Linear, experts: Experts) -> Tensor:
+        """A product with the weights of all experts; those of 4 bits are dequantised together."""
+        training = self.training
+        pairs = training.tokens * experts.per_token
+        packed = training.method == "qlora" and experts.quantized
+        unpacked = experts.number * linear.weights * training.compute_bytes if packed else 0
+        into = Into(x.key, pairs * linear.inputs * x.itemsize, scratch=(unpacked,) if unpacked else ())
+        return tape.op(MLP, pairs * linear.outputs, x.itemsize, [into], scratch=unpacked)
+
     def _beside(self, tape: Tape, x: Tensor) -> Tensor:
         """Layers whose role is not known: each works on `x`, and the output waits for its gradient."""
         for linear in self.training.decoder.others:
@@ -222,11 +337,20 @@ class Layers:
         return tape.op(purpose, x.elements, wide, into)
 
     def layer(self, tape: Tape, x: Tensor, mask: Storage | None) -> Tensor:
+        family = self.training.decoder.family
         residual = x
         x = self.norm(tape, x)
+        if family.parallel:
+            attended, _scores = self._attention(tape, x, mask)
+            x = self._added(tape, attended, self._mlp(tape, x), NORM)
+            return self._added(tape, x, residual, NORM)
         x, _scores = self._attention(tape, x, mask)  # the layer has the scores in hand until it ends
+        if family.post_norms:
+            x = self.norm(tape, x)
         x = self._added(tape, residual, x, NORM)
         residual = x
         x = self.norm(tape, x)
         x = self._mlp(tape, x)
+        if family.post_norms:
+            x = self.norm(tape, x)
         return self._added(tape, residual, x, NORM)

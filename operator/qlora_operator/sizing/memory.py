@@ -12,6 +12,7 @@ from typing import Literal
 
 from qlora_api.exchange import ModelShape, Recipe
 from qlora_operator.sizing.allocator import peak_reserved_bytes
+from qlora_operator.sizing.families import FAMILIES
 from qlora_operator.sizing.step import Peak, Rank
 from qlora_operator.sizing.tensors import Trace
 from qlora_operator.sizing.training import DTYPE_BYTES, Decoder, Training, decoder_of, with_layers
@@ -59,6 +60,8 @@ class Memory:
     """What is held when the most is held, what the allocator needs beside, and what the process costs by itself."""
 
     items: tuple[Item, ...]
+    #: What somebody who reads them should know of how they came about.
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -77,16 +80,34 @@ def training_memory(
 
     `gpu=False` gives the process' resident memory on a CPU: no context, and Python itself instead.
     """
-    peak = peak_of(replace(our_training(decoder_of(shape), recipe, micro_batch_size), gpus=gpus))
+    decoder = decoder_of(shape)
+    peak = peak_of(replace(our_training(decoder, recipe, micro_batch_size), gpus=gpus))
     items = [Item(name, size) for name, size in peak.items.items() if size]
     items.append(Item("fragmentation", int(FRAGMENTATION * sum(item.bytes for item in items))))
     items.append(Item(CONTEXT, CUDA_CONTEXT_BYTES) if gpu else Item("Python and libraries", PYTHON_BYTES))
-    return Memory(tuple(items))
+    return Memory(tuple(items), _notes(shape, decoder, recipe))
+
+
+def _notes(shape: ModelShape, decoder: Decoder, recipe: Recipe) -> tuple[str, ...]:
+    notes = []
+    experts = sum(weights.weights for weights in shape.experts)
+    if experts and recipe.method == "qlora" and not shape.experts_quantized:
+        notes.append(
+            f"4 bits do not reach the experts, {100 * experts / shape.parameters:.0f} % of the weights: they stay in "
+            f"{recipe.compute_dtype}"
+        )
+    if shape.family not in FAMILIES:
+        roles = decoder.attention_in and decoder.attention_out and (decoder.mlp_out or decoder.experts)
+        how = "its layers are taken to work as Llama's do" if roles else "what its layers do is not known"
+        notes.append(f"sized from its tensors, for its family ({shape.family or 'not said'}) is not known: {how}")
+    return tuple(notes)
 
 
 def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int) -> Training:
     """`recipe` as this project's trainer runs it: adapters in fp32, no autocast, the base in the compute type."""
-    masked = recipe.attention == "sdpa" and (recipe.packing or micro_batch_size > 1)
+    apart = recipe.packing or micro_batch_size > 1
+    window_ends = decoder.sliding_window is not None and decoder.sliding_window < recipe.max_length
+    masked = recipe.attention == "sdpa" and (apart or window_ends)
     return Training(
         decoder=decoder,
         method=recipe.method,
@@ -102,6 +123,7 @@ def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int) -> Tra
         state_bytes=OPTIMIZER_BYTES.get(recipe.optimizer, 8.0),
         update_bytes=4.0 if recipe.optimizer == "adamw_torch" else 0.0,
         masked=masked,
+        masks=2 if decoder.family.alternates and (apart or recipe.attention == "eager") else 1,
         accumulates=recipe.effective_batch_size > micro_batch_size,
         expands_heads=masked,
     )

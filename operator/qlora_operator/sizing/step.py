@@ -16,6 +16,7 @@ WORKSPACE_BYTES = int(8.125 * MIB)
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
 
 WEIGHTS = "base weights"
+EXPERTS = "experts, not in 4 bits"
 SCALES = "quantisation scales"
 EMBEDDINGS = "embeddings, head and norms"
 ADAPTER = "adapter weights"
@@ -48,8 +49,7 @@ class Rank:
         self._weights = self._load()
         self._adapters = [
             trace.new(-(-weights * training.adapter_bytes // training.gpus), ADAPTER)
-            for _ in range(training.decoder.layers)
-            for linear in training.decoder.linears
+            for linear in (*training.decoder.linears * training.decoder.layers, *training.decoder.unlike)
             for weights in training.adapter_weights(linear)
         ]
         self._state: list[Storage] = []
@@ -69,10 +69,14 @@ class Rank:
         if not decoder.tied_embeddings:
             other.append(decoder.embedding_weights)
         if quantised and share == 1:
-            trace.new(decoder.layers * decoder.linear_weights // 2 + sum(other) * compute, LOADING)
+            packed = decoder.layers * decoder.linear_weights + sum(linear.all_weights for linear in decoder.unlike)
+            trace.new(packed // 2 + sum(other) * compute, LOADING)
         weights, unquantised = [], [trace.new(other[0] * compute // share, EMBEDDINGS)]
-        for size in other[1 : decoder.layers + 1]:
-            for linear in decoder.linears:
+        weights += self._load_experts()
+        for number, size in enumerate(other[1 : decoder.layers + 1]):
+            for linear in (*decoder.linears, *(() if number else decoder.unlike)):
+                if not linear.copies:
+                    continue
                 if quantised:
                     whole = trace.new(linear.weights * compute, LOADING)
                     weights.append(trace.new(linear.all_weights // 2 // at_first, WEIGHTS))
@@ -90,6 +94,22 @@ class Rank:
                 if storage.purpose == WEIGHTS:
                     weights[index] = trace.new(storage.bytes // share, WEIGHTS)
         return [*weights, *unquantised]
+
+    def _load_experts(self) -> list[Storage]:
+        """The routed experts of all layers, also of those that are not walked: a tensor each for all of a layer's."""
+        training, experts = self.training, self.training.decoder.experts
+        if not experts:
+            return []
+        loaded = []
+        packed = training.method == "qlora" and experts.quantized
+        purpose = EXPERTS if training.method == "qlora" and not packed else WEIGHTS
+        for linear in (experts.up, experts.down) * experts.layers:
+            size = experts.number * linear.weights
+            held = size // 2 if packed else size * training.compute_bytes
+            loaded.append(self.trace.new(held // training.gpus, purpose))
+            if packed:
+                loaded += [self.trace.new(experts.number * scale, SCALES) for scale in self.scale_bytes(linear)]
+        return loaded
 
     def scale_bytes(self, linear: Linear) -> tuple[int, ...]:
         """Bytes of the 4-bit scale factors of one layer, whole on every rank.
@@ -185,7 +205,7 @@ class Rank:
         if training.attention != "eager" and not training.masked:
             return None
         itemsize = training.stream_bytes if training.attention == "eager" else 1
-        return self.trace.new(training.pairs * itemsize, ATTENTION)
+        return self.trace.new(training.masks * training.pairs * itemsize, ATTENTION)
 
     def _gathered_root(self) -> list[Storage]:
         """Under FSDP, embedding and head, whole during forward and backward."""
@@ -201,14 +221,17 @@ class Rank:
         if training.gpus == 1:
             return []
         bits = 4 if training.method == "qlora" else 8 * training.compute_bytes
-        linear = decoder.linear_weights * bits // 8
+        linear = decoder.gathered_weights * bits // 8
+        if decoder.experts:
+            linear += decoder.experts.weights * (bits if decoder.experts.quantized else 8 * training.compute_bytes) // 8
         adapter = sum(sum(training.adapter_weights(linear)) for linear in decoder.linears) * training.adapter_bytes
         other = decoder.other_weights * training.stream_bytes
         return [self.trace.new(linear + adapter + other, GATHERED, stream=1) for _ in range(2)]
 
     def _reduce_scattered(self, gradients: list[Storage]) -> None:
         """Leave this rank's share of the layer's gradients, which come whole out of its backward."""
-        of_one_layer = len(self._adapters) // self.training.decoder.layers
+        decoder = self.training.decoder
+        of_one_layer = sum(len(self.training.adapter_weights(linear)) for linear in decoder.linears)
         for index in range(len(gradients) - of_one_layer, len(gradients)):
             gradients[index] = self.trace.new(gradients[index].bytes // self.training.gpus, GRADIENTS)
 
@@ -234,6 +257,8 @@ class Rank:
         head = trace.new(unpacked, LOGITS) if unpacked else None
         logits = tape.op(LOGITS, elements, hidden.itemsize, [Into(hidden.key, hidden.elements * hidden.itemsize)])
         del hidden
+        if decoder.family.caps_logits:
+            logits = self.layers.capped(tape, logits, LOGITS)
         kept = logits.storage if training.keeps_logits else None
         wide = self.layers.cast(tape, logits, 4, LOGITS)
         last = wide.key

@@ -105,6 +105,7 @@ def shape(*, layers: int = 4, hidden: int = 256, vocabulary: int = 1000, max_pos
         dtype="bfloat16",
         bytes_on_disk=2 * parameters,
         linear=linear,
+        family="llama",
     )
 
 

@@ -13,7 +13,7 @@ from tests.unit.operator.test_sizing import MODELS, SHAPES
 
 
 def test_there_are_enough_models():
-    assert len(catalogue()) >= 25
+    assert len(catalogue()) >= 40
 
 
 @pytest.mark.parametrize("repository", catalogue())
@@ -56,7 +56,7 @@ def test_a_model_is_found_by_its_config(tmp_path: Path, inside: str):
     [
         ("[]", "is no object of settings"),
         ("{", "config.json: "),
-        ('{"model_type": "mamba"}', "model_type: 'mamba' is none of llama, mistral, qwen2"),
+        ('{"model_type": "mamba"}', "model_type: 'mamba' is none of llama, mistral, qwen2, qwen3, gemma2"),
         ('{"model_type": "llama", "hidden_size": 64}', "num_hidden_layers: None is no whole number from 1"),
     ],
 )
