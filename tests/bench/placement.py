@@ -84,7 +84,7 @@ def each_microseconds(calls: list[Callable[[], object]]) -> float:
 
 def measure() -> Measured:
     """Figures of a process of its own, without a cluster."""
-    demands = Demands(tolerations=(planner.GPU_TOLERATION,))
+    demands = Demands(tolerations=planner.GPU_TOLERATIONS)
     figures = [
         figure for count in SIZES for figure in _events(count, Target("at most", 50) if count <= NODES else None)
     ]

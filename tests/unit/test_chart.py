@@ -203,6 +203,8 @@ RIGHTS_WHERE_JOBS_ARE = {
         ("batch", "jobs", "get list watch create delete"),
         ("", "pods", "get list watch"),
         ("", "configmaps", "get create delete"),
+        ("", "services", "get create delete"),
+        ("resource.k8s.io", "resourceclaimtemplates", "get create delete"),
         ("", "persistentvolumeclaims", "get create delete"),
         ("", "events", "create"),
     )
