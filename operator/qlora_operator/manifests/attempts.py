@@ -32,7 +32,7 @@ def names(job: Job, task: Task, attempt: int) -> list[tuple[str, str]]:
     found = [("Job", name), ("ConfigMap", name)]
     plan = job.status.plan
     if task == TRAIN and plan is not None and plan.nodes > 1:
-        found.append(("Service", ranks.service_name(name)))
+        found.append(("Service", name))
     if task == TRAIN and gpus.uses_dra(job):
         found.append(("ResourceClaimTemplate", name))
     return found

@@ -120,7 +120,7 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
         "resourceClaims": [{"name": gpus.CLAIM, "resourceClaimTemplateName": order}]
         if plan is not None and gpus.uses_dra(job)
         else None,
-        "subdomain": ranks.service_name(order) if plan is not None and plan.nodes > 1 else None,
+        "subdomain": order if plan is not None and plan.nodes > 1 else None,
         "priorityClassName": template.priority_class_name,
         "runtimeClassName": template.runtime_class_name if on_gpu else None,
         "serviceAccountName": template.service_account_name,

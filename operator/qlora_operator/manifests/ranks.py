@@ -15,13 +15,14 @@ INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 def meeting_point(job: Job, task: Task, name: str) -> dict[str, Any] | None:
-    """The headless Service by which the pods of the attempt `name` find the first of them; None for one pod."""
+    """The headless Service by which the pods of the attempt `name` find the first of them, and of the same name; None
+    for one pod."""
     if task != TRAIN or job.status.plan is None or job.status.plan.nodes == 1:
         return None
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": child_metadata(job, service_name(name), task),
+        "metadata": child_metadata(job, name, task),
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,  # they meet before any is ready
@@ -29,11 +30,6 @@ def meeting_point(job: Job, task: Task, name: str) -> dict[str, Any] | None:
             "ports": [{"name": "rendezvous", "port": PORT}],
         },
     }
-
-
-def service_name(attempt: str) -> str:
-    """A Service's name begins with a letter, where a job's may not."""
-    return f"ranks-{attempt}"
 
 
 def indexed(plan: Plan | None) -> dict[str, Any]:
@@ -49,7 +45,7 @@ def environment(plan: Plan | None, attempt: str) -> list[dict[str, Any]]:
         return []
     values = {"PET_NNODES": str(plan.nodes), "PET_NPROC_PER_NODE": str(plan.gpus_per_node)}
     if plan.nodes > 1:
-        values |= {"PET_MASTER_ADDR": f"{attempt}-0.{service_name(attempt)}", "PET_MASTER_PORT": str(PORT)}
+        values |= {"PET_MASTER_ADDR": f"{attempt}-0.{attempt}", "PET_MASTER_PORT": str(PORT)}
     found: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(values.items())]
     if plan.nodes > 1:
         found.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}})

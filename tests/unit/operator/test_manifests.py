@@ -26,6 +26,7 @@ from qlora_api.exchange import (
 from qlora_api.v1alpha1 import QLoRAJob
 from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task, tasks
+from qlora_operator.manifests import attempts
 from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.jobs import stage_job
 from qlora_operator.manifests.orders import config_map, order
@@ -54,8 +55,20 @@ DECIDED = Settings(
     grace_seconds=300,
 )
 ENDPOINT = Endpoint("https://qlora-operator-reports.qlora-system.svc:8443", "the authority, as PEM")
-ENDPOINTS = {"minimal": None, "full": ENDPOINT, "cpu": None, "stores": ENDPOINT}
-SETTINGS = {"minimal": PLAIN, "full": DECIDED, "cpu": PLAIN, "stores": PLAIN}
+WITH_AMD = Settings(trainer_image=PLAIN.trainer_image, amd_trainer_image="registry.example.com/trainer:0.1.0-rocm")
+ENDPOINTS = dict.fromkeys(NAMES) | {"full": ENDPOINT, "stores": ENDPOINT}
+SETTINGS = dict.fromkeys(NAMES, PLAIN) | {"full": DECIDED, "amd": WITH_AMD}
+#: What the plan of a golden job says otherwise than that of most.
+PLANS: dict[str, Raw] = {
+    "two-nodes": {"gpus": 16, "gpus_per_node": 8, "nodes": 2, "micro_batch_size": 1, "gradient_accumulation": 2},
+    "dra": {"gpus": 2, "gpus_per_node": 2, "gradient_accumulation": 2},
+    "amd": {
+        "flavour": "AMD_Instinct_MI300X_OAM",
+        "resource": "amd.com/gpu",
+        "labels": {"amd.com/gpu.product-name": "AMD_Instinct_MI300X_OAM", "amd.com/gpu.vram": "192G"},
+        "memory_label": None,
+    },
+}
 
 
 def recorded(name: str) -> Job:
@@ -63,7 +76,7 @@ def recorded(name: str) -> Job:
     document = QLoRAJob.read(yaml.safe_load((GOLDEN / name / "job.yaml").read_text()))
     job = Job(document.metadata, document.spec, document.status)
     merged = (MERGE,) if "merged" in job.spec.output.formats else ()
-    return given.history(job, INSPECT, TRAIN, *merged)
+    return given.history(job, INSPECT, TRAIN, *merged, plan=given.plan(job, **PLANS.get(name, {})))
 
 
 JOBS = {name: recorded(name) for name in NAMES}
@@ -76,9 +89,9 @@ def children(name: str) -> list[Raw]:
     job, settings, endpoint = JOBS[name], SETTINGS[name], ENDPOINTS[name]
     found = [work_volume_claim(job, settings)] if job.spec.storage.claim_name is None else []
     for task in tasks(job.spec):
-        shown = config_map(job, task, 1, settings, endpoint)
+        shown, *others = attempts.manifests(job, task, 1, settings, endpoint)
         shown["data"]["order.json"] = json.loads(shown["data"]["order.json"])
-        found += [shown, stage_job(job, task, 1, settings, endpoint)]
+        found += [shown, *others]
     return found
 
 
@@ -147,13 +160,8 @@ def test_every_pod_is_restricted_and_has_no_rights(name: str, task: Task) -> Non
 
 @pytest.mark.parametrize(("name", "task"), STAGES)
 def test_only_publish_can_write_to_a_users_claim_and_only_to_the_output(name: str, task: Task) -> None:
-    work = {
-        "minimal": "support-bot-work",
-        "full": "a-job-whose-name-is-as-long-as-may-be-40-work",
-        "cpu": "scratch",
-        "stores": "support-bot-work",
-    }[name]
-    output = {"minimal": "results", "full": "results", "cpu": "shared"}.get(name)
+    work = {"cpu": "scratch"}.get(name, f"{JOBS[name].metadata.name}-work")
+    output = {"cpu": "shared", "stores": None}.get(name, "results")
     expected = {} if task.stage is Stage.INSPECT else {work: "/work"}
     if task.stage is Stage.PUBLISH and output:
         expected[output] = f"/claims/{output}"
@@ -197,7 +205,8 @@ def test_a_stage_is_given_the_secrets_that_it_needs_and_no_others(name: str, tas
         assert secret["optional"] is True, "the stage says what is missing; a pod that hangs says it in an event only"
     named = re.findall(r'[sS]ecret":"([^"]+)"', order(JOBS[name], task, 1, SETTINGS[name]).to_json())
     assert set(named) == {secret["secretName"] for secret in volumes.values()}
-    assert "env" not in container or not any("valueFrom" in entry for entry in container["env"])
+    sources = [source for entry in container.get("env", ()) for source in entry.get("valueFrom", ())]
+    assert set(sources) <= {"fieldRef"}, "no Secret in the environment"
 
 
 @pytest.mark.parametrize(("name", "task"), STAGES)
@@ -229,7 +238,8 @@ def test_children_are_the_jobs_own(name: str, task: Task) -> None:
         assert child["metadata"]["labels"]["qlora.dev/job"] == JOBS[name].metadata.name
         assert child["metadata"]["namespace"] == "team-a"
     pod_labels = manifest["spec"]["template"]["metadata"]["labels"]
-    assert pod_labels.items() >= manifest["metadata"]["labels"].items(), "the user's labels do not hide the operator's"
+    own = {key: value for key, value in manifest["metadata"]["labels"].items() if "kueue" not in key}
+    assert pod_labels.items() >= own.items(), "the user's labels do not hide the operator's"
 
 
 @pytest.mark.parametrize(("name", "task"), STAGES)
@@ -253,7 +263,8 @@ def test_only_training_gets_a_gpu_and_only_on_the_planned_flavour() -> None:
         spec = pod(name, task)
         limits = spec["containers"][0]["resources"]["limits"]
         on_gpu = task == TRAIN and name != "cpu"
-        assert ("nvidia.com/gpu" in limits) == on_gpu
+        asked = {"amd": {"amd.com/gpu"}, "dra": set()}.get(name, {"nvidia.com/gpu"})
+        assert {key for key in limits if "/" in key} == (asked if on_gpu else set())
         assert ("affinity" in spec) == on_gpu
         assert ("runtimeClassName" in spec) == (on_gpu and name == "full")
         tolerated = {t.get("key") for t in spec.get("tolerations", [])}
@@ -279,7 +290,56 @@ def test_the_affinity_asks_for_just_the_memory_that_is_needed() -> None:
 def test_no_node_is_named() -> None:
     for name, task in EVERY:
         assert "nodeName" not in pod(name, task)
-        assert "kubernetes.io/hostname" not in json.dumps(built(name, task))
+        assert '"key": "kubernetes.io/hostname"' not in json.dumps(built(name, task))
+
+
+def test_all_that_an_attempt_is_made_of_is_removed_with_it() -> None:
+    """What is left behind would bar the way of a later job of that name."""
+    for name, task in EVERY:
+        made = {(m["kind"], m["metadata"]["name"]) for m in attempts.manifests(JOBS[name], task, 1, SETTINGS[name])}
+        assert made <= set(attempts.names(JOBS[name], task, 1))
+
+
+def test_the_ranks_of_several_nodes_find_one_another_and_keep_apart() -> None:
+    job = JOBS["two-nodes"]
+    _, service, made = attempts.manifests(job, TRAIN, 1, PLAIN)
+    spec = made["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert (made["spec"]["completionMode"], made["spec"]["completions"], made["spec"]["parallelism"]) == (
+        "Indexed",
+        2,
+        2,
+    )
+    assert spec["subdomain"] == service["metadata"]["name"]
+    assert environment["PET_MASTER_ADDR"] == f"{made['metadata']['name']}-0.{service['metadata']['name']}"
+    assert int(environment["PET_NNODES"] or 0) * int(environment["PET_NPROC_PER_NODE"] or 0) == 16
+    labels = made["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    [apart] = spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert work_volume_claim(job, PLAIN)["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_a_queue_is_for_the_training_alone() -> None:
+    for task in tasks(JOBS["two-nodes"].spec):
+        found = built("two-nodes", task)["metadata"]["labels"]
+        assert ("kueue.x-k8s.io/queue-name" in found) == (task == TRAIN)
+        assert "suspend" not in built("two-nodes", task)["spec"], "it is Kueue's to write"
+
+
+def test_a_claim_asks_for_devices_with_the_memory_in_the_place_of_limits() -> None:
+    plan = JOBS["dra"].status.plan
+    assert plan is not None
+    _, template, made = attempts.manifests(JOBS["dra"], TRAIN, 1, PLAIN)
+    [request] = template["spec"]["spec"]["devices"]["requests"]
+    assert request["exactly"]["count"] == 2
+    need = -(-plan.memory.total_bytes * 115 // (100 * MIB))
+    assert f"quantity('{need}Mi')" in request["exactly"]["selectors"][0]["cel"]["expression"]
+    spec = made["spec"]["template"]["spec"]
+    assert spec["resourceClaims"] == [{"name": "gpus", "resourceClaimTemplateName": template["metadata"]["name"]}]
+    assert spec["containers"][0]["resources"]["claims"] == [{"name": "gpus"}]
 
 
 # --- orders ---
