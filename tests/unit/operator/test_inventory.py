@@ -415,6 +415,17 @@ def test_the_nodes_that_end_to_end_tests_make_are_read_as_what_they_play() -> No
         assert [(f.resource, f.gpus_per_node, f.memory_bytes // MIB) for f in found] == expected, name
 
 
+def test_a_sentence_names_a_node_that_is_there() -> None:
+    inventory = Inventory.of(gpu_node(name, *A10, ready=False) for name in "cab")
+    for left in "abc":
+        assert [refusal.reason for refusal in inventory.offers(Demands()).refused] == [f"node {left} is not ready"]
+        inventory.remove(left)
+    inventory.replace([gpu_node("b", *A10, ready=False)])
+    assert inventory.offers(Demands()).refused[0].reason == "node b is not ready"
+    inventory.put(gpu_node("a", *A10, ready=False))
+    assert inventory.offers(Demands()).refused[0].reason == "node a is not ready"
+
+
 # --- what jobs demand ---
 
 

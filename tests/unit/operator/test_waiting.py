@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -99,6 +100,20 @@ def test_a_thousand_nodes_at_once_queue_each_job_that_waits_once() -> None:
             assert sorted(operator.worked_on) == sorted(keys)
             operator.waiting.nodes_have_changed()
             await operator.until(lambda: len(operator.worked_on) >= 2 * len(keys))
+
+    asyncio.run(story())
+
+
+def test_nodes_that_keep_coming_queue_a_job_once_in_a_while() -> None:
+    async def story() -> None:
+        async with Operator() as operator:
+            operator.waiting.add(KEY)
+            began = time.monotonic()
+            for _ in range(100):
+                operator.waiting.nodes_have_changed()
+                await asyncio.sleep(SETTLE_SECONDS / 20)
+            passes = len(operator.worked_on)
+            assert 1 <= passes <= (time.monotonic() - began) / SETTLE_SECONDS
 
     asyncio.run(story())
 
