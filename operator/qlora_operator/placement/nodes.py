@@ -38,6 +38,8 @@ MIG = "nvidia.com/mig-"
 SLICE_OF = "-MIG-"
 MIG_STATE = "nvidia.com/mig.config.state"
 MIG_UNDERWAY = ("pending", "rebooting")
+#: How AMD's GPUs are cut, such as cpx_nps4; spx: they are whole.
+AMD_PARTITION = "amd.com/gpu.compute-memory-partition"
 #: What the device plugin adds to a resource that it shares, if told to rename it.
 RENAMED = ".shared"
 #: From this value on the memory label is in bytes: https://github.com/NVIDIA/gpu-feature-discovery/issues/26
@@ -271,7 +273,11 @@ def _amd(labels: Labels, allocatable: Labels) -> Iterator[Gpus]:
         return
     product = "+".join(name for _, _, name in names) or "AMD GPU"
     sizes = [int(size[1]) for _, _, text in memories if (size := re.fullmatch(r"(\d+)G", text))]
-    if not count:
+    parts = labels.get(AMD_PARTITION, "spx")
+    if not parts.startswith("spx"):
+        text = f"the GPUs of node {{node}} are partitioned ({parts}), which is not supported: set them to SPX and NPS1"
+        yield Unusable(AMD, product, text)
+    elif not count:
         text = f"node {{node}} has no {AMD_RESOURCE} to allocate: see the pod of AMD's device plugin there"
         yield Unusable(AMD, product, text)
     elif not sizes or min(sizes) < 1:

@@ -182,6 +182,13 @@ AMD_OFFERED: list[Any] = [
         id="unlike GPUs in one node: the smallest, for a pod may get that one",
     ),
     pytest.param(
+        MI210 | {"amd.com/gpu.compute-memory-partition": "spx_nps1"},
+        "Instinct_MI210",
+        64,
+        tuple(sorted(MI210.items())),
+        id="not partitioned",
+    ),
+    pytest.param(
         MI210 | {f"beta.{label}": value for label, value in MI210.items()},
         "Instinct_MI210",
         64,
@@ -358,6 +365,12 @@ def test_whole_gpus_that_are_all_cut_into_slices_say_so_beside_the_slices() -> N
 
 AMD_REFUSED: list[Any] = [
     pytest.param(MI210, 0, NO_PLUGIN.format("amd.com/gpu", "AMD"), id="none in order"),
+    pytest.param(
+        MI210 | {"amd.com/gpu.compute-memory-partition": "cpx_nps4"},
+        64,
+        "the GPUs of node a are partitioned (cpx_nps4), which is not supported: set them to SPX and NPS1",
+        id="partitioned",
+    ),
     pytest.param(
         {"amd.com/gpu.product-name": "Instinct_MI210"},
         1,
