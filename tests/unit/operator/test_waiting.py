@@ -13,8 +13,8 @@ import pytest
 
 from qlora_api.v1alpha1 import JobStatus, Phase
 from qlora_operator import waiting as waiting_module
-from qlora_operator.cluster import ApiError, Cluster
-from qlora_operator.handlers import registry
+from qlora_operator.cluster import PAGE, ApiError, Cluster
+from qlora_operator.handlers import registry, tune
 from qlora_operator.lifecycle.tasks import INSPECT
 from qlora_operator.metrics import Metrics
 from qlora_operator.news import News
@@ -162,6 +162,12 @@ def event_handler(inventory: Inventory, waiting: Waiting) -> Callable[[str | Non
         await function(event={"type": kind, "object": node})
 
     return changed
+
+
+def test_what_is_watched_is_listed_page_by_page() -> None:
+    settings = kopf.OperatorSettings()
+    tune(settings)
+    assert settings.watching.chunk_size == PAGE
 
 
 class Listed(Cluster):
