@@ -15,6 +15,7 @@ from typing import Any, cast
 import kopf
 
 from qlora_api.v1alpha1 import GROUP, KIND, PLURAL, VERSION
+from qlora_operator.cluster import PAGE
 from qlora_operator.manifests.names import JOB_LABEL
 from qlora_operator.news import News
 from qlora_operator.placement.inventory import Inventory
@@ -93,6 +94,7 @@ def tune(settings: kopf.OperatorSettings) -> None:
     # filtered by the server: of a large cluster's pods and Jobs, only ours are sent
     settings.watching.label_selectors["pods"] = JOB_LABEL
     settings.watching.label_selectors["batch", "jobs"] = JOB_LABEL
+    settings.watching.chunk_size = PAGE  # thousands of nodes at once would be hundreds of MiB
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = 70
     settings.networking.request_timeout = 30

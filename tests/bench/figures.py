@@ -154,10 +154,10 @@ MEANING = {
     "of a core.",
     "writes": "One quickstart job from apply to published, with the product installed by its chart. Counted are the "
     "requests to the status, refused ones too; the target is 25 and one per 10 s of training.",
-    "placement": "Without a cluster, in a process of its own. Nodes are as the API server sends them, with some 65 "
-    "labels each, in 50 flavours (eight products in nodes with one to sixteen of them). A run is the median of 200 "
-    "calls (of a plan, of 20). Memory is what tracemalloc counts for the index once the nodes are forgotten. The plan "
-    "is the default recipe for Llama 3.1 8B at 2048 tokens.",
+    "placement": "Without a cluster, in a process of its own. Times are of the CPU: nothing waits. Nodes are as the "
+    "API server sends them, with some 65 labels each, in 50 flavours (eight products in nodes with one to sixteen of "
+    "them). A run is the median of 200 calls (of a plan, of 20). Memory is what tracemalloc counts for the index once "
+    "the nodes are forgotten. The plan is the default recipe for Llama 3.1 8B at 2048 tokens.",
 }
 
 

@@ -5,12 +5,12 @@ Judged by what nodes can allocate, not by what is free: other tenants' pods are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qlora_operator.placement.flavours import AMD, Demands, Flavour, Offers, Refused
-from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Labels, Node, read
+from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Node, read
 
 Raw = Mapping[str, Any]
 
@@ -22,12 +22,12 @@ class _Group:
 
     def __init__(self, gpus: Gpus | None, access: Access) -> None:
         self.gpus, self.access = gpus, access
-        self.members: dict[str, Labels] = {}
+        self.members: dict[str, Node] = {}
         self._first: str | None = None
 
-    def add(self, name: str, labels: Labels) -> None:
-        self.members[name] = labels
-        self._first = None if self._first is None else min(self._first, name)
+    def add(self, node: Node) -> None:
+        self.members[node.name] = node
+        self._first = None if self._first is None else min(self._first, node.name)
 
     def discard(self, name: str) -> None:
         self.members.pop(name, None)
@@ -41,28 +41,11 @@ class _Group:
         return self._first
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Of a node: the groups that it is in, first the one of just nodes."""
-
-    groups: tuple[_Group, ...]
-    memory_bytes: int
-    labels: Labels
-
-    def is_like(self, node: Node) -> bool:
-        return (
-            self.groups[0].access == node.access
-            and tuple(group.gpus for group in self.groups[1:]) == node.gpus
-            and self.memory_bytes == node.memory_bytes
-            and self.labels == node.labels
-        )
-
-
 class Inventory:
     """The cluster's nodes, as far as plans depend on them."""
 
     def __init__(self) -> None:
-        self._nodes: dict[str, _Kept] = {}
+        self._nodes: dict[str, Node] = {}
         self._groups: dict[tuple[Gpus | None, Access], _Group] = {}
 
     @classmethod
@@ -79,21 +62,25 @@ class Inventory:
 
     def put(self, node: Raw) -> bool:
         """Take up a node, new or changed; whether what jobs can get has changed. A heartbeat changes nothing."""
-        new = read(node)
-        old = self._nodes.get(new.name)
-        if old and old.is_like(new):
+        old = self._nodes.get(node["metadata"]["name"])
+        new = read(node, old)
+        if old == new:
             return False
         if old:
-            self._leave(new.name, old)
-        groups = tuple(self._join(new, gpus) for gpus in (None, *new.gpus))
-        self._nodes[new.name] = _Kept(groups, new.memory_bytes, new.labels)
+            self._leave(old)
+        self._nodes[new.name] = new
+        for gpus in (None, *new.gpus):
+            group = self._groups.get((gpus, new.access))
+            if group is None:
+                group = self._groups[gpus, new.access] = _Group(gpus, new.access)
+            group.add(new)
         return True
 
     def remove(self, name: str) -> bool:
         """Forget a node; whether it was there."""
         old = self._nodes.pop(name, None)
         if old:
-            self._leave(name, old)
+            self._leave(old)
         return old is not None
 
     def replace(self, nodes: Iterable[Raw]) -> bool:
@@ -106,18 +93,12 @@ class Inventory:
             changed |= self.remove(name)
         return changed
 
-    def _join(self, node: Node, gpus: Gpus | None) -> _Group:
-        group = self._groups.get((gpus, node.access))
-        if group is None:
-            group = self._groups[gpus, node.access] = _Group(gpus, node.access)
-        group.add(node.name, node.labels)
-        return group
-
-    def _leave(self, name: str, kept: _Kept) -> None:
-        for group in kept.groups:
-            group.discard(name)
+    def _leave(self, node: Node) -> None:
+        for gpus in (None, *node.gpus):
+            group = self._groups[gpus, node.access]
+            group.discard(node.name)
             if not group.members:
-                self._groups.pop((group.gpus, group.access), None)
+                del self._groups[gpus, node.access]
 
     def offers(self, demands: Demands) -> Offers:
         """What a job with `demands` may use, and what it may not.
@@ -146,30 +127,30 @@ class Inventory:
         """Allocatable memory of the largest node that is open to the job; 0 where none is."""
         return max(
             (
-                self._nodes[name].memory_bytes
+                node.memory_bytes
                 for group in self._groups.values()
                 if group.gpus is None and isinstance(self._open(group, demands), int)
-                for name, labels in group.members.items()
-                if _selects(demands, labels)
+                for node in _selected(group, demands)
             ),
             default=0,
         )
 
     def _open(self, group: _Group, demands: Demands) -> int | str:
         """On how many of the group's nodes pods of the job may run, or why on none."""
-        selected = len(group.members)
-        if demands.node_selector:
-            selected = sum(_selects(demands, labels) for labels in group.members.values())
+        selected = len(_selected(group, demands))
         if not selected:
-            labels = group.members[group.first]
+            labels = group.members[group.first].labels
             wanted = {k: v for k, v in (demands.node_selector or {}).items() if labels.get(k) != v}
             return "spec.podTemplate.nodeSelector asks for " + ", ".join(f"{k}={v}" for k, v in sorted(wanted.items()))
         return group.access.closed(group.first, demands.tolerations) or selected
 
 
-def _selects(demands: Demands, labels: Labels) -> bool:
-    """Whether a node with `labels` is one that the job's node selector asks for."""
-    return demands.node_selector is None or demands.node_selector.items() <= labels.items()
+def _selected(group: _Group, demands: Demands) -> Collection[Node]:
+    """Those of the group's nodes that the job's node selector asks for."""
+    nodes: Collection[Node] = group.members.values()
+    for name, value in (demands.node_selector or {}).items():
+        nodes = [node for node in nodes if node.labels.get(name) == value]
+    return nodes
 
 
 def _unfit(group: _Group, demands: Demands) -> str | None:

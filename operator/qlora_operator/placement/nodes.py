@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ MIG = "nvidia.com/mig-"
 SLICE_OF = "-MIG-"
 MIG_STATE = "nvidia.com/mig.config.state"
 MIG_UNDERWAY = ("pending", "rebooting")
+#: How AMD's GPUs are cut, such as cpx_nps4; spx: they are whole.
+AMD_PARTITION = "amd.com/gpu.compute-memory-partition"
 #: What the device plugin adds to a resource that it shares, if told to rename it.
 RENAMED = ".shared"
 #: From this value on the memory label is in bytes: https://github.com/NVIDIA/gpu-feature-discovery/issues/26
@@ -99,24 +102,31 @@ class Node:
     gpus: tuple[Gpus, ...]
     memory_bytes: int
     labels: Labels
+    #: Those of the labels that describe GPUs.
+    of_gpus: Labels
 
 
-def read(node: Raw) -> Node:
-    """What a raw Node object says."""
+def read(node: Raw, before: Node | None = None) -> Node:
+    """What a raw Node object says. `before` is what it said the last time: most often its labels are the same."""
     metadata, status = node["metadata"], node.get("status") or {}
-    # of thousands of nodes nearly all labels are the same text: kept once
-    labels = {intern(name): intern(value) for name, value in (metadata.get("labels") or {}).items()}
-    of_gpus = {name: value for name, value in labels.items() if name.startswith(VENDORS)}
+    said = metadata.get("labels") or {}
+    if before and before.labels == said:
+        labels, of_gpus = before.labels, before.of_gpus
+    else:  # of thousands of nodes nearly all labels are the same text: kept once
+        labels = {intern(name): intern(value) for name, value in said.items()}
+        of_gpus = {name: value for name, value in labels.items() if name.startswith(VENDORS)}
     allocatable = status.get("allocatable") or {}
     return Node(
         metadata["name"],
         _access(node, labels),
-        (*_nvidia(of_gpus, allocatable), *_amd(of_gpus, allocatable)),
+        tuple(dict.fromkeys((*_nvidia(of_gpus, allocatable), *_amd(of_gpus, allocatable)))),
         amount(allocatable.get("memory", "0")),
         labels,
+        of_gpus,
     )
 
 
+@lru_cache(maxsize=4096)  # nodes of a kind say the same, and say it with each heartbeat
 def amount(text: str) -> int:
     """How much of something a node can allocate, in all the ways that nodes write it."""
     if text.endswith("m"):  # thousandths: seen where a kubelet's reservation is a percentage
@@ -255,13 +265,19 @@ def _shared(labels: Labels, resource: str, product: str, *, is_renamed: bool) ->
 
 
 def _amd(labels: Labels, allocatable: Labels) -> Iterator[Gpus]:
+    if AMD_RESOURCE not in allocatable and all(name.startswith("nvidia.com/") for name in labels):
+        return
     names, memories = _labelled(labels, "product-name"), _labelled(labels, "vram")
     count = amount(allocatable.get(AMD_RESOURCE, "0"))
     if not (count or names or memories):
         return
     product = "+".join(name for _, _, name in names) or "AMD GPU"
     sizes = [int(size[1]) for _, _, text in memories if (size := re.fullmatch(r"(\d+)G", text))]
-    if not count:
+    parts = labels.get(AMD_PARTITION, "spx")
+    if not parts.startswith("spx"):
+        text = f"the GPUs of node {{node}} are partitioned ({parts}), which is not supported: set them to SPX and NPS1"
+        yield Unusable(AMD, product, text)
+    elif not count:
         text = f"node {{node}} has no {AMD_RESOURCE} to allocate: see the pod of AMD's device plugin there"
         yield Unusable(AMD, product, text)
     elif not sizes or min(sizes) < 1:

@@ -182,6 +182,13 @@ AMD_OFFERED: list[Any] = [
         id="unlike GPUs in one node: the smallest, for a pod may get that one",
     ),
     pytest.param(
+        MI210 | {"amd.com/gpu.compute-memory-partition": "spx_nps1"},
+        "Instinct_MI210",
+        64,
+        tuple(sorted(MI210.items())),
+        id="not partitioned",
+    ),
+    pytest.param(
         MI210 | {f"beta.{label}": value for label, value in MI210.items()},
         "Instinct_MI210",
         64,
@@ -359,6 +366,12 @@ def test_whole_gpus_that_are_all_cut_into_slices_say_so_beside_the_slices() -> N
 AMD_REFUSED: list[Any] = [
     pytest.param(MI210, 0, NO_PLUGIN.format("amd.com/gpu", "AMD"), id="none in order"),
     pytest.param(
+        MI210 | {"amd.com/gpu.compute-memory-partition": "cpx_nps4"},
+        64,
+        "the GPUs of node a are partitioned (cpx_nps4), which is not supported: set them to SPX and NPS1",
+        id="partitioned",
+    ),
+    pytest.param(
         {"amd.com/gpu.product-name": "Instinct_MI210"},
         1,
         "node a has no label amd.com/gpu.vram that tells its memory: run AMD's node labeller with -vram",
@@ -413,6 +426,17 @@ def test_the_nodes_that_end_to_end_tests_make_are_read_as_what_they_play() -> No
     for name, ((labels, amounts), expected) in played.items():
         found = offers(node(name, labels, amounts), demands=AMD if name == "amd" else None).flavours
         assert [(f.resource, f.gpus_per_node, f.memory_bytes // MIB) for f in found] == expected, name
+
+
+def test_a_sentence_names_a_node_that_is_there() -> None:
+    inventory = Inventory.of(gpu_node(name, *A10, ready=False) for name in "cab")
+    for left in "abc":
+        assert [refusal.reason for refusal in inventory.offers(Demands()).refused] == [f"node {left} is not ready"]
+        inventory.remove(left)
+    inventory.replace([gpu_node("b", *A10, ready=False)])
+    assert inventory.offers(Demands()).refused[0].reason == "node b is not ready"
+    inventory.put(gpu_node("a", *A10, ready=False))
+    assert inventory.offers(Demands()).refused[0].reason == "node a is not ready"
 
 
 # --- what jobs demand ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 
 from qlora_api.v1alpha1 import JobStatus, Phase
 from qlora_operator import waiting as waiting_module
-from qlora_operator.cluster import ApiError, Cluster
-from qlora_operator.handlers import registry
+from qlora_operator.cluster import PAGE, ApiError, Cluster
+from qlora_operator.handlers import registry, tune
 from qlora_operator.lifecycle.tasks import INSPECT
 from qlora_operator.metrics import Metrics
 from qlora_operator.news import News
@@ -103,6 +104,20 @@ def test_a_thousand_nodes_at_once_queue_each_job_that_waits_once() -> None:
     asyncio.run(story())
 
 
+def test_nodes_that_keep_coming_queue_a_job_once_in_a_while() -> None:
+    async def story() -> None:
+        async with Operator() as operator:
+            operator.waiting.add(KEY)
+            began = time.monotonic()
+            for _ in range(100):
+                operator.waiting.nodes_have_changed()
+                await asyncio.sleep(SETTLE_SECONDS / 20)
+            passes = len(operator.worked_on)
+            assert 1 <= passes <= (time.monotonic() - began) / SETTLE_SECONDS
+
+    asyncio.run(story())
+
+
 def test_a_new_node_starts_a_job_that_waits_and_a_heartbeat_does_not() -> None:
     world = World(given.document({"retry.maxRestarts": 3, "training.effectiveBatchSize": 32}))
     claim: Raw = {"kind": "PersistentVolumeClaim", "metadata": {"name": "results", "uid": "theirs"}}
@@ -147,6 +162,12 @@ def event_handler(inventory: Inventory, waiting: Waiting) -> Callable[[str | Non
         await function(event={"type": kind, "object": node})
 
     return changed
+
+
+def test_what_is_watched_is_listed_page_by_page() -> None:
+    settings = kopf.OperatorSettings()
+    tune(settings)
+    assert settings.watching.chunk_size == PAGE
 
 
 class Listed(Cluster):
