@@ -19,6 +19,8 @@ class Family:
     layer_norms: bool = False
     #: Attention and MLP side by side behind one norm.
     parallel: bool = False
+    #: GELU by way of tanh, written out operation by operation instead of one kernel.
+    written_gelu: bool = False
     #: cap·tanh(x/cap) over the logits, and over the scores, which torch's fused attention cannot do.
     caps_logits: bool = False
     caps_scores: bool = False
@@ -38,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(post_norms=True, wide_norms=True, caps_logits=True, caps_scores=True, alternates=True),
     "gemma3_text": Family(post_norms=True, head_norms=True, wide_norms=True, alternates=True),
     "phi3": LLAMA,
-    "phi": Family(layer_norms=True, parallel=True),
+    "phi": Family(layer_norms=True, parallel=True, written_gelu=True),
     "mixtral": LLAMA,
     "qwen3_moe": Family(head_norms=True, narrow_routers=True),
     "deepseek_v2": LLAMA,

@@ -7,6 +7,8 @@ autograd keeps for it is in `saves`, what its backward allocates in `Into`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qlora_operator.sizing.tensors import Into, Storage, Tape, Tensor, Trace
 from qlora_operator.sizing.training import Experts, Latent, Linear, Training
 
@@ -266,7 +268,7 @@ class Layers:
         fused = decoder.mlp_in[0].outputs == 2 * decoder.mlp_out.inputs
         gate, up = tape.split(MLP, first, [elements, elements]) if fused else (first, None)
         del first
-        active = tape.op(MLP, elements, gate.itemsize, [Into(gate.key, size)], saves=[gate])
+        active = self._active(tape, gate)
         del gate
         if len(decoder.mlp_in) > 1:
             up = self._linear(tape, x, decoder.mlp_in[1], MLP)
@@ -275,6 +277,24 @@ class Layers:
             active = tape.op(MLP, elements, active.itemsize, into, saves=[active, up])
         del up
         return self._linear(tape, active, decoder.mlp_out, MLP)
+
+    def _active(self, tape: Tape, x: Tensor) -> Tensor:
+        """The activation: one kernel that keeps its input, or ½·x·(1 + tanh(c·(x + d·x³))) step by step."""
+        size = x.elements * x.itemsize
+
+        def step(of: Tensor, *, saves: Sequence[Tensor] = (), saves_output: bool = False) -> Tensor:
+            into = [Into(of.key, size)]
+            return tape.op(MLP, x.elements, x.itemsize, into, saves=saves, saves_output=saves_output)
+
+        if not self.training.decoder.family.written_gelu:
+            return step(x, saves=[x])
+        half = step(x)
+        inner = step(step(x, saves=[x]))
+        inner = step(self._added(tape, x, inner, MLP))
+        inner = step(inner, saves_output=True)
+        inner = step(inner)
+        into = [Into(half.key, size), Into(inner.key, size)]
+        return tape.op(MLP, x.elements, x.itemsize, into, saves=[half, inner])
 
     def _mixture(self, tape: Tape, x: Tensor, experts: Experts) -> Tensor:
         """Each token's experts: rows sorted by expert, two products over all experts, weighted and put back in order.
@@ -294,7 +314,7 @@ class Layers:
         active = self._of_experts(tape, picked, experts.up, experts)
         gated = experts.up.outputs == 2 * experts.down.inputs
         gate, up = tape.split(MLP, active, [inner, inner]) if gated else (active, None)
-        active = tape.op(MLP, inner, itemsize, [Into(gate.key, inner * itemsize)], saves=[gate])
+        active = self._active(tape, gate)
         del gate
         if up:
             into = [Into(up.key, inner * itemsize), Into(active.key, inner * itemsize)]
