@@ -2,6 +2,7 @@
 
 Each stands for the code named in it; the rest of a step is the libraries' own.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -46,14 +47,19 @@ def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, input_
     return torch.empty_like(output, dtype=input_dtype)
 
 
-def _efficient_backward(grad, query, key, value, bias, out, logsumexp, seed, offset, p, mask, causal=False, *, scale=None):
+def _efficient_backward(
+    grad, query, key, value, bias, out, logsumexp, seed, offset, p, mask, causal=False, *, scale=None
+):
     """attention_backward.cu, _efficient_attention_backward: `delta` per row, and gradients of the queries added up in fp32.
 
     kernel_backward.h: those of keys and values stay in registers for heads of at most 128 (kOutputInRF).
     """
     batch, heads, length, width = query.shape
     _delta = query.new_empty((batch, heads, -(-length // 32) * 32), dtype=torch.float32)
-    grads = [part.new_empty((part.shape[0], part.shape[2], part.shape[1], part.shape[3])).transpose(1, 2) for part in (query, key, value)]
+    grads = [
+        part.new_empty((part.shape[0], part.shape[2], part.shape[1], part.shape[3])).transpose(1, 2)
+        for part in (query, key, value)
+    ]
     workspace = 0
     if query.dtype != torch.float32:
         workspace += query.numel()
@@ -67,7 +73,10 @@ def _flash_backward(grad, query, key, value, out, logsumexp, cq, ck, mq, mk, p, 
     """flash_api.cpp, mha_bwd: softmax_d, dq in fp32, and dk and dv for every head where several share one."""
     batch, heads, length, width = query.shape
     rounded = -(-length // 128) * 128
-    grads = [part.new_empty((part.shape[0], part.shape[2], part.shape[1], part.shape[3])).transpose(1, 2) for part in (query, key, value)]
+    grads = [
+        part.new_empty((part.shape[0], part.shape[2], part.shape[1], part.shape[3])).transpose(1, 2)
+        for part in (query, key, value)
+    ]
     _softmax_d = query.new_empty((batch, heads, rounded), dtype=torch.float32)
     _dq = query.new_empty((batch, rounded, heads, -(-width // 32) * 32), dtype=torch.float32)
     _expanded = [torch.empty_like(query) for _ in range(2)] if key.shape[1] != heads else []
@@ -93,7 +102,9 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     if attn_mask is None and query.dtype != torch.float32:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.where(attn_mask, torch.zeros((), dtype=query.dtype), torch.full((), float("-inf"), dtype=query.dtype))
+        attn_mask = torch.where(
+            attn_mask, torch.zeros((), dtype=query.dtype), torch.full((), float("-inf"), dtype=query.dtype)
+        )
     if attn_mask is not None:
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     return aten._scaled_dot_product_efficient_attention(

@@ -1,4 +1,5 @@
 """One training step of this project's trainer on fake tensors: the model as transformers, PEFT and bitsandbytes build it."""
+
 from __future__ import annotations
 
 import gc
@@ -105,7 +106,7 @@ def materialised(model: nn.Module) -> None:
                 module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def measured(config, recipe: Recipe, micro_batch_size: int, gpus: int = 1) -> Ledger:
+def measured(config, recipe: Recipe, micro_batch_size: int, gpus: int = 1, steps: int = 1) -> Ledger:
     ledger = Ledger(KERNELS)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     gc.disable()
@@ -130,21 +131,26 @@ def measured(config, recipe: Recipe, micro_batch_size: int, gpus: int = 1) -> Le
                 optimizer.zero_grad()
             elif mesh:
                 for weight, shard in zip(trained, own, strict=True):
-                    weight.grad = DTensor.from_local(shard.grad, mesh, weight.placements, shape=weight.shape, stride=weight.stride())
+                    weight.grad = DTensor.from_local(
+                        shard.grad, mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                    )
             gc.collect()
             ledger.watch_from_here()
-            shape = (micro_batch_size, recipe.max_length)
-            batch = Batch(*(torch.empty(shape, dtype=torch.int64) for _ in range(3)), micro_batch_size * recipe.max_length)
-            part = summed_loss(model, batch, CPU) / batch.tokens
-            part.backward()
-            del part
-            if mesh:
-                for weight, shard in zip(trained, own, strict=True):
-                    shard.grad = weight.grad.to_local()
-                    weight.grad = None
-            torch.nn.utils.clip_grad_norm_(own, recipe.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            for _ in range(steps):
+                shape = (micro_batch_size, recipe.max_length)
+                batch = Batch(
+                    *(torch.empty(shape, dtype=torch.int64) for _ in range(3)), micro_batch_size * recipe.max_length
+                )
+                part = summed_loss(model, batch, CPU) / batch.tokens
+                part.backward()
+                del part
+                if mesh:
+                    for weight, shard in zip(trained, own, strict=True):
+                        shard.grad = weight.grad.to_local()
+                        weight.grad = None
+                torch.nn.utils.clip_grad_norm_(own, recipe.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
     finally:
         gc.enable()
         ledger.close()
