@@ -174,6 +174,10 @@ class Recipe(Document):
     seed: int = Field(description="Seed of the order of examples, the dropout and the adapter's start.")
     gradient_checkpointing: bool = Field(description="Whether activations are recomputed.")
     attention: str = Field(description="The attention kernel.")
+    offload: Literal["none", "activations", "parameters"] = Field(
+        default="none",
+        description="What waits in host memory: the activation checkpoints, or the weights of the frozen base.",
+    )
     max_grad_norm: float = Field(gt=0, description="Norm that gradients are clipped to.")
     evals_per_epoch: int = Field(default=4, ge=0, description="Evaluations of the held-out loss per epoch.")
 
@@ -265,7 +269,8 @@ class TrainOrder(OrderEnvelope):
     def binding(self) -> str:
         """What a checkpoint and an adapter are bound to; `sha256:…`.
 
-        Micro-batch, accumulation, checkpoint interval, device and Secrets may change under a checkpoint; nothing else.
+        Micro-batch, accumulation, checkpoint interval, device, what waits in host memory and Secrets may change under a
+        checkpoint; nothing else.
         """
         unbound = {"secret"}
         bound = self.model_dump(
@@ -273,7 +278,10 @@ class TrainOrder(OrderEnvelope):
             by_alias=True,
             exclude_none=True,
             include={"version", "model_digest", "data_digest", "data", "recipe"},
-            exclude={"data": {"train": {"__all__": unbound}, "eval": unbound, "golden": unbound}},
+            exclude={
+                "data": {"train": {"__all__": unbound}, "eval": unbound, "golden": unbound},
+                "recipe": {"offload"},
+            },
         )
         return f"sha256:{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()}"
 
