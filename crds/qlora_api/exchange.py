@@ -200,10 +200,11 @@ class Recipe(Document):
     optimizer: str = Field(description="The optimizer, by transformers' name.")
     seed: int = Field(description="Seed of the order of examples, the dropout and the adapter's start.")
     gradient_checkpointing: bool = Field(description="Whether activations are recomputed.")
-    offload: Literal["none", "activations", "parameters"] = Field(
-        default="none", description="What is kept in host memory while the GPU does not need it."
-    )
     attention: str = Field(description="The attention kernel.")
+    offload: Literal["none", "activations", "parameters"] = Field(
+        default="none",
+        description="What waits in host memory: the activation checkpoints, or the weights of the frozen base.",
+    )
     max_grad_norm: float = Field(gt=0, description="Norm that gradients are clipped to.")
     evals_per_epoch: int = Field(default=4, ge=0, description="Evaluations of the held-out loss per epoch.")
 
@@ -297,7 +298,8 @@ class TrainOrder(OrderEnvelope):
     def binding(self) -> str:
         """What a checkpoint and an adapter are bound to; `sha256:…`.
 
-        Micro-batch, accumulation, checkpoint interval, device, offload and Secrets may change under it; nothing else.
+        Micro-batch, accumulation, checkpoint interval, device, what waits in host memory and Secrets may change under a
+        checkpoint; nothing else.
         """
         unbound = {"secret"}
         bound = self.model_dump(

@@ -50,6 +50,7 @@ class Layers:
             result = tape.op(purpose, result.elements, itemsize, [Into(result.key, None)])
         if not training.autocast:
             x = self.cast(tape, x, training.adapter_bytes, purpose)
+        _in_hand = x  # PEFT's variable, until the layer returns
         if training.dropout:
             mask = tape.tensor(self.trace.new(x.elements, purpose), x.elements, 1)
             x = tape.op(purpose, x.elements, x.itemsize, [Into(x.key, x.elements * x.itemsize)], saves=[mask])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from qlora_operator.sizing.layers import ATTENTION, Layers
 from qlora_operator.sizing.tensors import Into, Storage, Tape, Trace
@@ -14,6 +15,9 @@ MIB = 1024**2
 WORKSPACE_BYTES = int(8.125 * MIB)
 #: Tokens and words of the vocabulary per tile of a fused head and loss (TRL 1.16).
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
+
+#: Activation checkpoints on the GPU while the others wait in host memory: one is used, one is on its way.
+IN_FLIGHT = 2
 
 WEIGHTS = "base weights"
 EXPERTS = "experts, not in 4 bits"
@@ -93,6 +97,8 @@ class Rank:
             for index, storage in enumerate(weights):
                 if storage.purpose == WEIGHTS:
                     weights[index] = trace.new(storage.bytes // share, WEIGHTS)
+        if training.offload == "parameters":  # scales are no parameters: they stay
+            return [storage for storage in weights if storage.purpose == SCALES]
         return [*weights, *unquantised]
 
     def _load_experts(self) -> list[Storage]:
@@ -139,12 +145,15 @@ class Rank:
         whole = self._gathered_root()
         tables = trace.new(2 * training.max_length * decoder.head_dim * stream, ATTENTION)
         x = trace.new(rows * stream, CHECKPOINTS)
-        checkpoints, tapes = [], []
+        checkpoints: list[Storage | None] = []
+        tapes = []
         for _ in range(decoder.layers):
             gathered = self._gathered_layers()
-            tape = Tape(trace, recording=not training.gradient_checkpointing, gradients=gradients)
+            tape = Tape(trace, checkpointed=training.gradient_checkpointing, gradients=gradients)
             if training.gradient_checkpointing:
                 checkpoints.append(x)
+                if training.offload == "activations" and len(checkpoints) > IN_FLIGHT:
+                    checkpoints[-1 - IN_FLIGHT] = None
             start = tape.tensor(x, rows, stream)
             del x
             out = self.layers.layer(tape, start, mask)
@@ -160,18 +169,14 @@ class Rank:
             gathered = self._gathered_layers()
             tape, first, last = tapes.pop()
             if training.gradient_checkpointing:
-                tape = Tape(trace, gradients=gradients)
-                start = tape.tensor(checkpoints.pop(), rows, stream)
-                out = self.layers.layer(tape, start, mask)
-                first, last = start.key, out.key
-                del out
-            else:
-                start = None
+                for index in range(max(0, number + 1 - IN_FLIGHT), number + 1):
+                    checkpoints[index] = checkpoints[index] or trace.new(rows * stream, CHECKPOINTS)
+                tape.again = partial(self._again, checkpoints.pop(), mask)
             flowing = {last: gradient}
             del gradient
             tape.backward(flowing)
             gradient = flowing.pop(first)
-            del flowing, gathered, start
+            del flowing, gathered, tape
             if training.accumulates:
                 del gradients[held:]  # added to those that are there
             elif training.gpus > 1:
@@ -183,6 +188,9 @@ class Rank:
         updates = self._per_trained_weight(training.update_bytes, UPDATES)
         del updates
         mark("optimizer")
+
+    def _again(self, checkpoint: Storage, mask: Storage | None, tape: Tape) -> None:
+        self.layers.layer(tape, tape.tensor(checkpoint, self.rows, self.training.stream_bytes), mask)
 
     def make_optimizer_state(self) -> None:
         """What the optimizer keeps from its first step on."""
@@ -207,26 +215,35 @@ class Rank:
         itemsize = training.stream_bytes if training.attention == "eager" else 1
         return self.trace.new(training.masks * training.pairs * itemsize, ATTENTION)
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether a layer's weights are only whole on the GPU while it is at work."""
+        return self.training.gpus > 1 or self.training.offload == "parameters"
+
     def _gathered_root(self) -> list[Storage]:
-        """Under FSDP, embedding and head, whole during forward and backward."""
+        """Embedding and head, whole during forward and backward: they are the root of what FSDP shards."""
         decoder = self.training.decoder
-        if self.training.gpus == 1:
+        if not self._gathers:
             return []
         size = decoder.embedding_weights * self.training.stream_bytes
         return [self.trace.new(size, GATHERED, stream=1) for _ in range(1 if decoder.tied_embeddings else 2)]
 
     def _gathered_layers(self) -> list[Storage]:
-        """Under FSDP, the layer at work and the one that is fetched meanwhile, whole."""
+        """The layer at work and the one that is fetched meanwhile, whole; from host memory, its shard before that."""
         training, decoder = self.training, self.training.decoder
-        if training.gpus == 1:
+        if not self._gathers:
             return []
         bits = 4 if training.method == "qlora" else 8 * training.compute_bytes
         linear = decoder.gathered_weights * bits // 8
         if decoder.experts:
             linear += decoder.experts.weights * (bits if decoder.experts.quantized else 8 * training.compute_bytes) // 8
+        frozen = linear + decoder.other_weights * training.stream_bytes
         adapter = sum(sum(training.adapter_weights(linear)) for linear in decoder.linears) * training.adapter_bytes
-        other = decoder.other_weights * training.stream_bytes
-        return [self.trace.new(linear + adapter + other, GATHERED, stream=1) for _ in range(2)]
+        shared = training.gpus > 1
+        whole = [self.trace.new(frozen + adapter * shared, GATHERED, stream=1) for _ in range(2)]
+        if shared and training.offload == "parameters":
+            whole.append(self.trace.new(frozen // training.gpus, GATHERED, stream=1))
+        return whole
 
     def _reduce_scattered(self, gradients: list[Storage]) -> None:
         """Leave this rank's share of the layer's gradients, which come whole out of its backward."""

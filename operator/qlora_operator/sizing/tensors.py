@@ -7,7 +7,8 @@ frees the real ones. `Trace` writes down each allocation and each release; `Tape
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,11 +101,17 @@ class Into:
     scratch: tuple[int, ...] = ()
 
 
+class _Recomputed(Exception):
+    """All that backward needs is there: the rest of a checkpointed layer is not run again."""
+
+
 @dataclass(slots=True)
 class _Node:
     out: tuple[int, ...]
     purpose: str
     into: Sequence[Into]
+    #: How many tensors it keeps, and those that are there: none before a checkpointed layer is run again.
+    saves: int
     saved: list[Storage]
     weights: Sequence[int]
 
@@ -113,15 +120,19 @@ class _Node:
 class Tape:
     """Operations on tensors, and what their backward holds and needs.
 
-    A tape that does not record is the first pass of a checkpointed layer: it keeps nothing. `gradients` are those of
-    the weights, which stay until the optimizer has used them.
+    The tape of a `checkpointed` layer keeps no tensors. When the first of them is needed, `again` runs the layer once
+    more, up to the last that it keeps (torch.utils.checkpoint with use_reentrant=False, which stops early).
+    `gradients` are those of the weights, which stay until the optimizer has used them.
     """
 
     trace: Trace
-    recording: bool = True
+    checkpointed: bool = False
     gradients: list[Storage] = field(default_factory=list)
+    again: Callable[[Tape], object] | None = None
     _nodes: list[_Node] = field(default_factory=list)
     _keys: int = 0
+    _filling: list[_Node] | None = None
+    _kept: int = 0
 
     def tensor(self, storage: Storage, elements: int, itemsize: int) -> Tensor:
         """A tensor that lives in `storage`."""
@@ -144,34 +155,59 @@ class Tape:
 
         `weights` are the bytes of the gradients of the weights that it trains.
         """
+        saved = self._record(purpose, into, len(saves) + saves_output, weights)
+        self._keep(saved, [tensor.storage for tensor in saves])
         used = self.trace.new(scratch, purpose) if scratch else None
         out = self.tensor(self.trace.new(elements * itemsize, purpose), elements, itemsize)
         del used
-        if self.recording:
-            saved = [tensor.storage for tensor in saves]
-            if saves_output:
-                saved.append(out.storage)
-            self._nodes.append(_Node((out.key,), purpose, into, saved, weights))
+        if saves_output:
+            self._keep(saved, [out.storage])
         return out
+
+    def _record(
+        self, purpose: str, into: Sequence[Into], saves: int, weights: Sequence[int], outputs: int = 1
+    ) -> list[Storage]:
+        """Write an operation down whose outputs come next; where to put what it keeps."""
+        if self._filling is not None:
+            return self._filling.pop().saved
+        keys = tuple(range(self._keys + 1, self._keys + 1 + outputs))
+        self._nodes.append(_Node(keys, purpose, into, saves, [], weights))
+        return self._nodes[-1].saved
+
+    def _keep(self, saved: list[Storage], storages: Sequence[Storage]) -> None:
+        if self.checkpointed:
+            return
+        saved += storages
+        self._kept -= len(storages)
+        if storages and self._filling is not None and not self._kept:
+            raise _Recomputed
 
     def split(self, purpose: str, whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Views of `whole` with so many elements each; backward puts their gradients together again."""
-        parts = [self.tensor(whole.storage, size, whole.itemsize) for size in sizes]
-        if self.recording:
-            into = [Into(whole.key, whole.elements * whole.itemsize)]
-            self._nodes.append(_Node(tuple(part.key for part in parts), purpose, into, [], ()))
-        return parts
+        into = [Into(whole.key, whole.elements * whole.itemsize)]
+        self._record(purpose, into, 0, (), outputs=len(sizes))
+        return [self.tensor(whole.storage, size, whole.itemsize) for size in sizes]
+
+    def _fill(self, nodes: list[_Node], again: Callable[[Tape], object]) -> None:
+        """Make what the operations of a checkpointed layer keep."""
+        second = Tape(self.trace, _filling=nodes[::-1], _kept=sum(node.saves for node in nodes))
+        with suppress(_Recomputed):
+            again(second)
 
     def backward(self, gradients: dict[int, Storage]) -> None:
         """Run the recorded operations backwards from `gradients`, by the key of what they are of.
 
         Each is used up; what is left in it then are the gradients that reached no operation.
         """
+        recomputed = False
         while self._nodes:
             node = self._nodes.pop()
             incoming = [gradients.pop(key) for key in node.out if key in gradients]
             if not incoming:
                 continue
+            if node.saves and self.again and not recomputed:
+                self._fill([*self._nodes, node], self.again)
+                recomputed = True
             for size in node.weights:
                 self.gradients.append(self.trace.new(size, "adapter gradients"))
             for into in node.into:

@@ -277,6 +277,8 @@ class Training:
     loads_whole: bool = False
     #: GPUs that share the weights (FSDP).
     gpus: int = 1
+    #: What waits in host memory until it is needed: activation checkpoints, or the frozen base.
+    offload: Literal["none", "activations", "parameters"] = "none"
 
     @property
     def tokens(self) -> int:

@@ -214,6 +214,29 @@ def test_layers_of_unknown_names_are_counted() -> None:
     assert sum(items.values()) == pytest.approx(sum(expected.values()), rel=0.15)
 
 
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+@pytest.mark.parametrize("gpus", [1, 2, 16])
+def test_what_waits_in_host_memory_is_not_on_the_gpu(method: str, gpus: int) -> None:
+    shape = SHAPES["meta-llama/Llama-3.1-70B"]
+
+    def items(offload: str) -> dict[str, int]:
+        recipe = given.recipe(method=method, offload=offload, max_length=4096)
+        found = training_memory(shape, recipe, micro_batch_size=1, gpus=gpus)
+        return {item.name: item.bytes for item in found.items}
+
+    kept, activations, parameters = items("none"), items("activations"), items("parameters")
+    assert activations["activation checkpoints"] <= 3 * 4096 * shape.hidden_size * 2  # one more is the last output
+    assert kept["activation checkpoints"] >= shape.layers * 4096 * shape.hidden_size * 2
+    assert activations["base weights"] == kept["base weights"]
+    assert "base weights" not in parameters
+    assert "embeddings, head and norms" not in parameters
+    assert parameters.get("quantisation scales") == kept.get("quantisation scales"), "scales are no parameters"
+    of_two_layers = 2 * sum(m.in_features * m.out_features * m.count for m in shape.linear) // shape.layers
+    of_root = 2 * 2 * shape.vocab_size * shape.hidden_size
+    whole = of_root + (of_two_layers // 2 if method == "qlora" else 2 * of_two_layers)
+    assert of_root <= parameters["gathered weights"] < 1.25 * whole  # from the host, a shard of one comes first
+
+
 def test_fsdp_divides_what_is_sharded_and_leaves_the_scales_whole() -> None:
     one = our_training(decoder_of(SHAPES["meta-llama/Llama-3.1-70B"]), given.recipe(max_length=4096), 1)
     alone, shared = peak_of(one).items, peak_of(replace(one, gpus=4)).items
@@ -227,11 +250,11 @@ def test_fsdp_divides_what_is_sharded_and_leaves_the_scales_whole() -> None:
 @pytest.mark.parametrize("model", ["TinyLlama/TinyLlama-1.1B-Chat-v1.0", "meta-llama/Llama-3.1-8B"])
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 @pytest.mark.parametrize(("size", "max_length"), [(8, 512), (2, 2048), (1, 4096), (1, 8192)])
-def test_the_allowance_for_fragmentation_is_what_the_allocator_would_take(
+def test_the_allowance_for_fragmentation_and_the_default_headroom_cover_what_the_allocator_would_take(
     model: str, method: str, size: int, max_length: int
 ):
     training = our_training(decoder_of(SHAPES[model]), given.recipe(method=method, max_length=max_length), size)
-    assert reserved_bytes(training, expandable=True) / peak_of(training).bytes < 1.02 + FRAGMENTATION
+    assert reserved_bytes(training, expandable=True) / peak_of(training).bytes < (1 + FRAGMENTATION) * 1.15
 
 
 def test_the_order_of_a_models_layers_does_not_matter() -> None:
