@@ -138,6 +138,14 @@ class ModelShape(Document):
         description="Whether 4-bit loading reaches the routed experts; else they stay in the compute type.",
     )
 
+    @property
+    def active_parameters(self) -> int:
+        """Weights that work on each token: of the routed experts only those that it is sent to."""
+        idle = sum(
+            kind.weights * max(0, kind.experts - self.experts_per_token) // kind.experts for kind in self.experts
+        )
+        return self.parameters - idle
+
 
 class TokenCounts(Document):
     """Lengths of the training examples in tokens, chat template included, before truncation."""

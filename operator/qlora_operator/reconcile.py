@@ -118,16 +118,18 @@ class Reconciler:
         for task, n in current(job.spec, job.status):
             name = task.job_name(job.metadata.name, n)
             states[name] = await self._attempt(namespace, task, name, job.metadata.uid)
-        claims = {}
+        claims, shared = dict[str, bool](), set[str]()
         if job.status.plan is not None and job.status.phase not in FINISHED:
             claim = await self._cluster.claim(namespace, work_claim(job))
             if claim is not None and job.spec.storage.claim_name is None:
                 require_ours(claim, job.metadata.uid)
             claims[work_claim(job)] = claim is not None
+            if claim is not None and "ReadWriteMany" in claim.get("spec", {}).get("accessModes", ()):
+                shared.add(work_claim(job))
             if (output := output_claim(job)) and job.status.work_volume is None:
                 claims[output] = await self._cluster.claim(namespace, output) is not None
         reported = self._reports.newest(job.metadata.uid) if self._reports else None
-        return Observed(states, claims, self._inventory, self._installation, reported)
+        return Observed(states, claims, self._inventory, self._installation, reported, shared)
 
     async def _attempt(self, namespace: str, task: Task, name: str, owner: str) -> Seen:
         found = await self._cluster.stage_job(namespace, name)

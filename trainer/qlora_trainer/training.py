@@ -18,13 +18,14 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, Score, TrainOrder, TrainResult
+from qlora_api.peaks import peak_flops
 from qlora_trainer.artifacts import directory_bytes, directory_digest, whole_directory
 from qlora_trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from qlora_trainer.data import read_corpus
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
 from qlora_trainer.evaluation import METRIC, exact_match, mean_loss, micro_batches, summed_loss
 from qlora_trainer.failures import BadInput, Diverged, Interrupted
-from qlora_trainer.flops import Work, peak_flops
+from qlora_trainer.flops import Work
 from qlora_trainer.inputs import with_inputs
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.model import BaseModel, open_base

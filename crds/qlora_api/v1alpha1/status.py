@@ -96,6 +96,12 @@ class Plan(Document):
     micro_batch_size: int = Field(description="Sequences per GPU at a time.")
     gradient_accumulation: int = Field(description="Micro-batches per optimizer step on each GPU.")
     steps: int | None = Field(default=None, description="Optimizer steps, as far as known before packing.")
+    estimated_seconds: int | None = Field(
+        default=None,
+        description="Time that the steps take if the GPUs reach the usual share of their peak; absent where that is "
+        "not known.",
+    )
+    estimated_gpu_hours: float | None = Field(default=None, description="The same times GPUs, in hours.")
     memory: MemoryPlan = Field(description="One GPU's memory at the peak, item by item.")
     host_memory_bytes: int = Field(description="Memory that the training pod asks for.")
     disk_bytes: int = Field(description="Size of the work volume.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -105,6 +105,8 @@ class Observed:
     inventory: Inventory = field(default_factory=Inventory)
     installation: Installation = field(default_factory=Installation)
     reported: Reported | None = None
+    #: Those of the claims that pods on several nodes can write to.
+    shared_claims: Set[str] = frozenset()
 
 
 def moment(text: str | None) -> datetime | None:

@@ -20,7 +20,7 @@ from qlora_operator.lifecycle.claims import fields_on
 from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
 from qlora_operator.lifecycle.milestones import in_brief, milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
-from qlora_operator.lifecycle.pending import FOR_HARDWARE
+from qlora_operator.lifecycle.pending import FOR_HARDWARE, Wait
 from qlora_operator.lifecycle.progress import percent, progress
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, is_done, tasks
@@ -359,6 +359,19 @@ def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | No
     return _say(job, seen, now, situation, actions=(CreateWorkVolume(),), after=NOW)
 
 
+def work_volume_is_not_shared(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Every node of the training writes to it: a claim of the user's must allow that. (Our own does.)"""
+    plan, claim = job.status.plan, job.spec.storage.claim_name
+    if plan is None or plan.nodes == 1 or claim is None or claim in seen.shared_claims or is_done(job.status, TRAIN):
+        return None
+    message = (
+        f"spec.storage.claimName: the training is planned on {plan.nodes} nodes, and the claim {claim} can be written from "
+        "one alone: name one with the access mode ReadWriteMany, or suspend the job, set spec.hardware.nodes to 1 and "
+        "resume"
+    )
+    return _say(job, seen, now, Situation(Phase.SCHEDULING, Wait.VOLUME, message), after=WHEN_CLAIMS_CHANGE)
+
+
 def tasks_are_to_run(job: Job, seen: Observed, now: datetime) -> Step | None:
     """Start what can start, and say what is under way."""
     return _start(job, seen, now)
@@ -378,6 +391,7 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
     is_suspended,
     output_claim_is_missing,
     work_volume_is_missing,
+    work_volume_is_not_shared,
     tasks_are_to_run,
 )
 

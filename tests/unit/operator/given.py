@@ -278,7 +278,7 @@ def seen(
     """What is there of `of`: attempts by the end of their names (`train-1`), its work volume's claim, its results'."""
     claims = {output_claim(of) or "": outputs, work_claim(of): claim}
     named = {f"{of.metadata.name}-{end}": state for end, state in (attempts or {}).items()}
-    return Observed(named, claims, Inventory.of(nodes or ()))
+    return Observed(named, claims, inventory=Inventory.of(nodes or ()))
 
 
 # --- nodes ---

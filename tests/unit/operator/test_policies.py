@@ -21,7 +21,8 @@ from tests.unit.operator.given import BOTH, INSPECT, MERGE, NOW, PUBLISH_ADAPTER
 from tests.unit.operator.kstatus import kstatus
 
 RUNNING = Active(node="node-1", started=NOW)
-UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes have enough nvidia.com/gpu")
+QUEUED = Active(waiting="the queue gpus has not admitted it yet", reason=Wait.QUEUE)
+UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", reason=Wait.GPUS)
 NODES = [given.gpu_node("node-1", *given.L40S)]
 #: With these two nodes the plan that `given` records is not the one that would be made now.
 SMALL = [given.gpu_node("node-9", "NVIDIA-A2", 15356)]
@@ -68,6 +69,12 @@ def over(phase: Phase, edits: Mapping[str, Any] | None = None, *done: Any, **cha
     """A job that has succeeded or failed, as recorded at that time."""
     status = given.JobStatus(observed_generation=1, phase=phase)
     return given.history(given.job(edits, status), *done, **changes)
+
+
+def on_two_nodes(of: Job) -> Job:
+    """`of`, planned on two nodes of eight GPUs."""
+    plan = given.plan(of, gpus=16, gpus_per_node=8, nodes=2, micro_batch_size=1, gradient_accumulation=2)
+    return Job(of.metadata, of.spec, of.status.model_copy(update={"plan": plan}))
 
 
 def planned_otherwise(of: Job) -> Job:
@@ -155,8 +162,19 @@ CASES = [
 
     # --- training ---
     Case("training starts", job(None, INSPECT), [Start(TRAIN, 1)], "Training", "Starting", after=2),
-    Case("it waits for a GPU", job(None, INSPECT), [], "Scheduling", "Waiting", attempts={"train-1": UNSCHEDULED},
-         conditions={"Scheduled": "False"}, says="0/3 nodes"),
+    Case("it waits for a GPU", job(None, INSPECT), [], "Scheduling", "InsufficientGPUs", nodes=NODES,
+         attempts={"train-1": UNSCHEDULED}, conditions={"Scheduled": "False"},
+         says="0/3 nodes are available: 3 Insufficient nvidia.com/gpu; there is 1 node with 1 × NVIDIA-L40S or more"),
+    Case("and is told what else would do", job(None, INSPECT), [], "Scheduling", "InsufficientGPUs",
+         nodes=[*NODES, *SMALL], attempts={"train-1": UNSCHEDULED},
+         says="suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A2] (qlora on 1), and resume"),
+    Case("the nodes that it was planned for are gone", job(None, INSPECT), [], "Scheduling", "InsufficientGPUs",
+         nodes=SMALL, attempts={"train-1": UNSCHEDULED}, says="there is no node with 1 × NVIDIA-L40S that it may use"),
+    Case("Kueue has not admitted it", job({"queue": {"name": "gpus"}}, INSPECT), [], "Scheduling", "Queued",
+         attempts={"train-1": QUEUED}, conditions={"Scheduled": "False"}, says="the queue gpus has not admitted it"),
+    Case("a claim of the user's for several nodes, and not shared",
+         on_two_nodes(job({"storage.claimName": "scratch"}, INSPECT)), [], "Scheduling", "VolumeUnavailable", after=30,
+         conditions={"Scheduled": "False"}, says="name one with the access mode ReadWriteMany"),
     Case("it runs", job(None, INSPECT), [], "Training", "Running", attempts={"train-1": RUNNING},
          conditions={"Scheduled": "True", "Trained": "Unknown"}),
     Case("its Job was deleted by someone: started again under its name", job(None, INSPECT), [Start(TRAIN, 1)],

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from qlora_api.peaks import peak_flops
 from qlora_trainer.evaluation import summed_loss
-from qlora_trainer.flops import Work, peak_flops
+from qlora_trainer.flops import Work
 from qlora_trainer.model import open_base
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.sequences import NO_LOSS, Sequence, collate
