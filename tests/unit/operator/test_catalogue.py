@@ -86,7 +86,7 @@ def test_the_command_gives_bytes_to_machines(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["lama-3.1-8b"], "(near: meta-llama/Llama-3.1-8B): give the path of its config.json"),
+        (["lama-3.1-8b"], "(near: meta-llama/Llama-3.1-8B): give the path of its config.json or directory"),
         (["Llama-2-7b-hf", "--seq-len", "8192"], "8192 tokens, the model takes 4096"),
         (["nowhere/config.json"], "No such file"),
     ],
