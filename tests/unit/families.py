@@ -10,7 +10,7 @@ _SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 96,
-    "vocab_size": 384,
+    "vocab_size": 512,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "bos_token_id": None,

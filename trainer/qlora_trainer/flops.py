@@ -28,6 +28,8 @@ class Work:
         """
         shape = self.shape
         linear = sum(module.in_features * module.out_features * module.count for module in shape.linear)
+        # of routed experts, those that work on a token
+        linear += sum(weights.weights // weights.experts for weights in shape.experts) * shape.experts_per_token
         tokens = sum(len(sequence.ids) for sequence in sequences)
         loss_tokens = sum(sequence.loss_tokens for sequence in sequences)
         pairs = sum(length * length for sequence in sequences for length in sequence.lengths)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qlora_api.exchange import LinearModule, ModelShape
+from qlora_api.exchange import ExpertWeights, LinearModule, ModelShape
 from qlora_trainer.failures import BadInput
-from qlora_trainer.weights import Weights, model_digest, read_weights
+from qlora_trainer.weights import TensorEntry, Weights, model_digest, read_weights
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ def _open_config(directory: Path, uri: str) -> Any:
             f"model.uri: {uri} is a {model_type!r} model, not a causal language model: "
             "use a decoder-only one, such as Llama, Qwen or Mistral"
         )
+    if config.get_text_config() is not config:
+        raise BadInput(
+            f"model.uri: {uri} is a {model_type!r} model, which sees or hears beside its text: "
+            f"save its text model ({config.get_text_config().model_type}) by itself and give that"
+        )
     return config
 
 
@@ -125,24 +132,35 @@ def empty_model(config: Any) -> Any:
 
 
 def _compare(model: Any, weights: Weights, uri: str) -> None:
-    """The files must hold every weight of the model, in its shape, under its own name."""
-    parameters = dict(model.named_parameters())  # tied ones once, under one of their names
-    for name, parameter in parameters.items():
-        entry = weights.tensors.get(name)
-        if entry is None:
-            tied = [twin for twin in _twins(model, name) if twin in weights.tensors]
-            if tied:
-                continue
+    """The files must hold every weight of the model: in its shape, or in the parts that transformers joins to it."""
+    files = _files_of(model, weights)
+    for name, parameter in model.named_parameters():  # tied ones once, under one of their names
+        entries = next((files[twin] for twin in (name, *_twins(model, name)) if twin in files), [])
+        if not entries:
             raise BadInput(f"model.uri: {uri} has no weights for {name}, which its config.json asks for")
-        if entry.shape != tuple(parameter.shape):
+        whole = len(entries) == 1
+        found = list(entries[0].shape) if whole else f"{sum(entry.elements for entry in entries)} values"
+        wanted = list(parameter.shape) if whole else f"{parameter.numel()} values"
+        if found != wanted:
             raise BadInput(
-                f"model.uri: {uri}: {name} is {list(entry.shape)} in {entry.file} and {list(parameter.shape)} by "
-                "config.json: they do not belong together"
+                f"model.uri: {uri}: {name} is {found} in {entries[0].file} and {wanted} by config.json: "
+                "they do not belong together"
             )
-        if parameter.dim() > 2 and "expert" in name:
-            raise BadInput(
-                f"model.uri: {uri} is a mixture of experts ({name}); their fused weights cannot be quantised yet"
-            )
+
+
+def _files_of(model: Any, weights: Weights) -> dict[str, list[TensorEntry]]:
+    """What the files hold of each parameter, by transformers' own rules for names that have changed since.
+
+    The experts of a mixture are a tensor each in the files and one tensor for all in the model.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    joined = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    files: dict[str, list[TensorEntry]] = {}
+    for stored, entry in weights.tensors.items():
+        name, _ = rename_source_key(stored, renamings, joined)
+        files.setdefault(name, []).append(entry)
+    return files
 
 
 def _twins(model: Any, name: str) -> list[str]:
@@ -172,13 +190,16 @@ def shape_of(model: Any, weights: Weights, tokenizer: Any) -> ModelShape:
     max_position = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if max_position > 1 << 30:  # transformers' word for "not known"
         raise BadInput("model.uri: neither config.json nor the tokenizer says how long a sequence may be")
+    # where keys and values come from latents, head_dim is the turned part of a head only
+    head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    experts = expert_weights(model)
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim or config.hidden_size // heads,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -189,4 +210,39 @@ def shape_of(model: Any, weights: Weights, tokenizer: Any) -> ModelShape:
             LinearModule(name=name, in_features=inner, out_features=outer, count=count)
             for (name, inner, outer), count in sorted(kinds.items())
         ],
+        family=config.model_type,
+        sliding_window=_window(config),
+        experts=experts,
+        experts_per_token=_experts_per_token(config, experts),
     )
+
+
+def expert_weights(model: Any) -> list[ExpertWeights]:
+    """The parameters that hold all experts of a layer: 4-bit loading and LoRA know linear layers only."""
+    kinds: Counter[tuple[str, int, int, int]] = Counter()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+                number, outer, inner = parameter.shape
+                if getattr(module, "is_transposed", False):
+                    outer, inner = inner, outer
+                kinds[name, number, inner, outer] += 1
+    return [
+        ExpertWeights(name=name, experts=number, in_features=inner, out_features=outer, count=count)
+        for (name, number, inner, outer), count in sorted(kinds.items())
+    ]
+
+
+def _experts_per_token(config: Any, experts: list[ExpertWeights]) -> int:
+    """As config.json says; all, where it does not."""
+    known = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+    said = next((getattr(config, key) for key in known if getattr(config, key, None)), None)
+    return (said or experts[0].experts) if experts else 0
+
+
+def _window(config: Any) -> int | None:
+    """Tokens that layers look back, where some do not look back to the start."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return None
+    return getattr(config, "sliding_window", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -61,7 +66,7 @@ class Weights:
         """torch's name for the type that most weights are stored in. Raises BadInput for types of quantised ones."""
         sizes: Counter[str] = Counter()
         for entry in self.tensors.values():
-            sizes[entry.dtype] += _elements(entry.shape)
+            sizes[entry.dtype] += entry.elements
         stored = sizes.most_common(1)[0][0]
         if stored not in _TORCH_NAMES:
             raise BadInput(
@@ -69,13 +74,6 @@ class Weights:
                 f"({', '.join(_TORCH_NAMES)})"
             )
         return _TORCH_NAMES[stored]
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def read_weights(directory: Path, uri: str) -> Weights:
@@ -150,7 +148,7 @@ def _read_header(path: Path, where: str) -> tuple[bytes, dict[str, TensorEntry]]
             begin, stop = entry["data_offsets"]
             shape = tuple(int(length) for length in entry["shape"])
             entries[tensor] = TensorEntry(path.name, str(entry["dtype"]), shape)
-            if entry["dtype"] in _ITEM_BYTES and stop - begin != _elements(shape) * _ITEM_BYTES[entry["dtype"]]:
+            if entry["dtype"] in _ITEM_BYTES and stop - begin != entries[tensor].elements * _ITEM_BYTES[entry["dtype"]]:
                 raise ValueError(f"{tensor} has {stop - begin} bytes for shape {list(shape)}")
             end = max(end, stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qlora_api.exchange import ModelShape
 from qlora_operator.sizing.config import read_shape, shape_of_config
+from qlora_operator.sizing.directory import read_directory
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,14 @@ def catalogue() -> dict[str, KnownModel]:
 
 
 def shape_of_model(name: str) -> ModelShape:
-    """The shape of a model of the catalogue (its owner may be left out), or of the config.json at a path.
+    """The shape of a model of the catalogue (its owner may be left out), or of the directory or config.json at a path.
 
     Raises ValueError saying what to give instead.
     """
     path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.suffix == ".json":
+    if path.is_dir() or path.suffix == ".json":
         try:
-            return read_shape(path)
+            return read_directory(path) if path.is_dir() else read_shape(path)
         except OSError as error:
             raise ValueError(f"{path}: {error}") from error
     names = {full.lower(): model for full, model in catalogue().items()}
@@ -59,4 +58,4 @@ def shape_of_model(name: str) -> ModelShape:
         return found.shape
     near = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f" (near: {names[near[0]].repository})" if near else ""
-    raise ValueError(f"{name} is not in the catalogue{hint}: give the path of its config.json instead")
+    raise ValueError(f"{name} is not in the catalogue{hint}: give the path of its config.json or directory instead")

@@ -9,11 +9,17 @@ import pytest
 
 from qlora_operator.cli import main
 from qlora_operator.sizing.catalogue import catalogue, shape_of_model
+from qlora_operator.sizing.families import FAMILIES
 from tests.unit.operator.test_sizing import MODELS, SHAPES
 
 
 def test_there_are_enough_models():
-    assert len(catalogue()) >= 40
+    assert len(catalogue()) >= 48
+    assert {model.shape.family for model in catalogue().values()} == set(FAMILIES)
+
+
+def test_each_says_where_its_config_was_read():
+    assert all(len(model.source) > 20 for model in catalogue().values())
 
 
 @pytest.mark.parametrize("repository", catalogue())
@@ -86,7 +92,7 @@ def test_the_command_gives_bytes_to_machines(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["lama-3.1-8b"], "(near: meta-llama/Llama-3.1-8B): give the path of its config.json"),
+        (["lama-3.1-8b"], "(near: meta-llama/Llama-3.1-8B): give the path of its config.json or directory"),
         (["Llama-2-7b-hf", "--seq-len", "8192"], "8192 tokens, the model takes 4096"),
         (["nowhere/config.json"], "No such file"),
     ],
