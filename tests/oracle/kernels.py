@@ -13,6 +13,8 @@ from unittest.mock import patch
 import torch
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 from bitsandbytes.functional import create_dynamic_map
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 
 aten = torch.ops.aten
 
@@ -50,7 +52,7 @@ def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, input_
 def _efficient_backward(
     grad, query, key, value, bias, out, logsumexp, seed, offset, p, mask, causal=False, *, scale=None
 ):
-    """attention_backward.cu, _efficient_attention_backward: `delta` per row, and gradients of the queries added up in fp32.
+    """attention_backward.cu, _efficient_attention_backward: `delta` per row, and the queries' gradients added in fp32.
 
     kernel_backward.h: those of keys and values stay in registers for heads of at most 128 (kOutputInRF).
     """
@@ -117,6 +119,10 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+def _in_place(*_: object, **__: object) -> None:
+    """TRL's Triton kernels and its product in fp32: they write where they are told to."""
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Functions that choose another way on a GPU, before autograd sees them."""
@@ -126,5 +132,9 @@ def as_on_a_gpu() -> Iterator[None]:
         patch("bitsandbytes.functional.create_dynamic_map", lambda *, signed: maps[signed]),
         patch.object(functional, "scaled_dot_product_attention", _attention),
         patch.object(functional, "dropout", _dropout),
+        patch.object(trl_utils, "_use_triton", lambda _: True),
+        patch.object(chunked_logprob, "_forward_tile", _in_place),
+        patch.object(chunked_logprob, "_backward_tile", _in_place),
+        patch.object(chunked_logprob, "_addmm_fp32", _in_place),
     ):
         yield

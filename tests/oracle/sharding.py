@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit, modules
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 #: What the frozen base is kept in: four values of 4 bits each, so that base, norms and embeddings are of one type.
@@ -47,3 +48,8 @@ def sharded(model: Any, mesh: DeviceMesh) -> None:
 
 def _layers(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def like(weight: DTensor, shard: torch.Tensor) -> DTensor:
+    """`shard` as this rank's part of a tensor that is sharded as `weight` is."""
+    return DTensor.from_local(shard, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())

@@ -1,8 +1,12 @@
-"""One training step of this project's trainer on fake tensors: the model as transformers, PEFT and bitsandbytes build it."""
+"""One training step of this project's trainer on fake tensors, with models as the libraries build them.
+
+The trainer's own functions attach the adapter, compute the loss and make the optimizer.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +15,11 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from qlora_api.exchange import Recipe
+from qlora_trainer.environment import quiet_libraries
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.model import block_linears
 from qlora_trainer.optimization import make_optimizer
@@ -22,7 +27,7 @@ from qlora_trainer.sequences import Batch
 from qlora_trainer.training import with_adapter
 from tests.oracle.kernels import KERNELS, as_on_a_gpu
 from tests.oracle.ledger import Ledger
-from tests.oracle.sharding import STORAGE, mesh_of, sharded
+from tests.oracle.sharding import STORAGE, like, mesh_of, sharded
 
 CPU = torch.device("cpu")
 
@@ -67,22 +72,24 @@ def packed(linear: Linear4bit) -> nn.Parameter:
     return weight
 
 
-def built(config: dict[str, Any], recipe: Recipe, storage: torch.dtype = torch.uint8) -> nn.Module:
-    """The model with its adapter; call under FakeTensorMode."""
-    dtype = getattr(torch, recipe.compute_dtype)
+def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fused_loss: bool) -> nn.Module:
+    """The model with its adapter, on meta."""
     settings = AutoConfig.for_model(**config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=recipe.attention)
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=getattr(torch, recipe.compute_dtype), attn_implementation=recipe.attention
+        )
     model.tie_weights()
     model.requires_grad_(False)
     if recipe.method == "qlora":
         for name, linear in block_linears(model).items():
-            owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], quantised(linear, recipe, storage))
+            owner, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(owner), own_name, quantised(linear, recipe, storage))
         model.is_loaded_in_4bit = True
+    if fused_loss:
+        add_fused_lm_head(model)
     with torch.device("meta"):
-        adapted = with_adapter(model, recipe, SimpleNamespace(uri=""))
-    return adapted
+        return with_adapter(model, recipe, SimpleNamespace(uri=""))  # pyright: ignore[reportArgumentType]  reads no more
 
 
 def materialised(model: nn.Module) -> None:
@@ -106,14 +113,29 @@ def materialised(model: nn.Module) -> None:
                 module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def measured(config, recipe: Recipe, micro_batch_size: int, gpus: int = 1, steps: int = 1) -> Ledger:
+def step_of(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    micro_batch_size: int,
+    gpus: int = 1,
+    fused_loss: bool = False,
+    steps: int = 1,
+) -> Ledger:
+    """What one GPU holds while it takes `steps` optimizer steps, each with its last micro-batch only.
+
+    As in the trainer's loop: the optimizer's state is there, and so are the gradients of earlier micro-batches where
+    there are any. Paged optimizers are counted as if their pages were on the GPU, where a step needs them.
+    """
+    quiet_libraries()
     ledger = Ledger(KERNELS)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    gc.disable()
+    model = built(config, recipe, storage=torch.uint8 if gpus == 1 else STORAGE, fused_loss=fused_loss)
+    tokens = micro_batch_size * recipe.max_length
+    accumulates = recipe.effective_batch_size > micro_batch_size * gpus
+    gc.collect()
+    gc.disable()  # what waits for a collection would be counted or not, by chance
     try:
-        storage = torch.uint8 if gpus == 1 else STORAGE
-        model = built(config, recipe, storage)
-        with mesh_of(gpus) as mesh, as_on_a_gpu(), fake, ledger:
+        with mesh_of(gpus) as mesh, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
             materialised(model)
             if mesh:
                 sharded(model, mesh)
@@ -121,33 +143,32 @@ def measured(config, recipe: Recipe, micro_batch_size: int, gpus: int = 1, steps
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
             trained = [weight for weight in model.parameters() if weight.requires_grad]
-            # what the optimizer touches: the shards, without DTensor's bookkeeping around each
+            # what the optimizer works on: the shards, without DTensor's bookkeeping around each
             own = [nn.Parameter(weight.to_local()) for weight in trained] if mesh else trained
             optimizer = make_optimizer(recipe, own)
             for weight in own:
                 weight.grad = torch.empty_like(weight)
-            optimizer.step()  # makes the optimizer's state
-            if recipe.effective_batch_size == micro_batch_size * gpus:
+            optimizer.step()
+            if not accumulates:
                 optimizer.zero_grad()
             elif mesh:
                 for weight, shard in zip(trained, own, strict=True):
-                    weight.grad = DTensor.from_local(
-                        shard.grad, mesh, weight.placements, shape=weight.shape, stride=weight.stride()
-                    )
-            gc.collect()
+                    weight.grad = like(weight, shard.grad)
             ledger.watch_from_here()
             for _ in range(steps):
                 shape = (micro_batch_size, recipe.max_length)
-                batch = Batch(
-                    *(torch.empty(shape, dtype=torch.int64) for _ in range(3)), micro_batch_size * recipe.max_length
-                )
-                part = summed_loss(model, batch, CPU) / batch.tokens
+                batch = Batch(*(torch.empty(shape, dtype=torch.int64) for _ in range(3)), tokens)
+                if fused_loss:
+                    part = model(
+                        input_ids=batch.ids, position_ids=batch.positions, labels=batch.labels, fused_lm_head=True
+                    ).loss
+                else:
+                    part = summed_loss(model, batch, CPU) / tokens
                 part.backward()
                 del part
-                if mesh:
-                    for weight, shard in zip(trained, own, strict=True):
-                        shard.grad = weight.grad.to_local()
-                        weight.grad = None
+                for weight, shard in zip(trained, own, strict=True):
+                    if mesh:
+                        shard.grad, weight.grad = weight.grad.to_local(), None
                 torch.nn.utils.clip_grad_norm_(own, recipe.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -37,7 +37,9 @@ class Layers:
         unpacked = linear.weights * compute if training.method == "qlora" else 0
         into = Into(x.key, tokens * linear.inputs * x.itemsize, scratch=(unpacked,) if unpacked else ())
         out = tape.op(purpose, tokens * linear.outputs, x.itemsize, [into], scratch=unpacked)
-        return self.cast(tape, out, incoming, purpose) if training.method == "qlora" else out
+        if training.method == "qlora":
+            out = self.cast(tape, out, incoming, purpose)
+        return out
 
     def _linear(self, tape: Tape, x: Tensor, linear: Linear, purpose: str) -> Tensor:
         """W·x, and on an adapted layer + s·B·A·dropout(x)."""
@@ -134,7 +136,6 @@ class Layers:
             out, scores = self._eager(tape, q, k, v)
         else:
             out, scores = self._fused(tape, q, k, v, mask), None
-        del q, k, v
         if decoder.attention_out:
             out = self._linear(tape, out, decoder.attention_out, ATTENTION)
         return out, scores
@@ -192,12 +193,12 @@ class Layers:
     def _eager(self, tape: Tape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Scores written out: softmax(q·kᵀ·s + mask)·v, one score per head and pair of tokens."""
         training = self.training
-        k, v = self._all_heads(tape, k), self._all_heads(tape, v)
+        keys, values = self._all_heads(tape, k), self._all_heads(tape, v)  # in hand until it returns
         itemsize = training.compute_bytes if training.autocast else q.itemsize
-        q, k, v = (self.cast(tape, part, itemsize, ATTENTION) for part in (q, k, v))
         # to be seen as one dimension, heads and batch want a copy, unless repeating the heads has just made one
         copied = training.micro_batch_size > 1
         shared = training.decoder.kv_heads < training.decoder.heads
+        q, k = (self.cast(tape, part, itemsize, ATTENTION) for part in (q, keys))
         if copied:
             q = self._copied(tape, q)
         if copied and not shared:
@@ -216,12 +217,14 @@ class Layers:
         soft = tape.op(ATTENTION, scores, 4, [Into(masked.key, size, scratch=(4 * scores,))], saves_output=True)
         del masked
         soft = self.cast(tape, soft, itemsize, ATTENTION)
+        v = self.cast(tape, values, itemsize, ATTENTION)
         if copied and not shared:
             v = self._copied(tape, v)
         into = [Into(v.key, v.elements * itemsize), Into(soft.key, size)]
         out = tape.op(ATTENTION, v.elements, itemsize, into, saves=[soft, v])
         del v
-        return self._copied(tape, out), soft
+        out = self._copied(tape, out)
+        return out, soft
 
     def _fused(self, tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Storage | None) -> Tensor:
         """FlashAttention and torch's memory-efficient kernel: no scores, one logarithm per head and token kept.

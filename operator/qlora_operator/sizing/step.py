@@ -141,10 +141,10 @@ class Rank:
                 trace.watch_from_here()
 
         trace.watch_from_here()
-        mask = self._mask()
         whole = self._gathered_root()
-        tables = trace.new(2 * training.max_length * decoder.head_dim * stream, ATTENTION)
         x = trace.new(rows * stream, CHECKPOINTS)
+        mask = self._mask()
+        tables = trace.new(2 * training.max_length * decoder.head_dim * stream, ATTENTION)
         checkpoints: list[Storage | None] = []
         tapes = []
         for _ in range(decoder.layers):
@@ -263,17 +263,24 @@ class Rank:
         if training.autocast:
             hidden = self.layers.cast(tape, hidden, training.compute_bytes, LOGITS)
         if training.fused_loss:
-            tile = trace.new(min(training.tokens, TILE_ROWS) * min(decoder.vocab_size, TILE_COLUMNS) * 4, LOGITS)
-            gradients = {hidden.key: trace.new(hidden.elements * 4, LOGITS)}  # added up in fp32
-            del hidden, tile
+            # TRL's ChunkedLogProbFunction: tiles of logits in the compute type, the gradient added up in fp32
+            tile_bytes = min(training.tokens, TILE_ROWS) * TILE_COLUMNS * hidden.itemsize
+            size = hidden.elements * hidden.itemsize
+            chosen = tape.op(LOGITS, hidden.elements, hidden.itemsize, [Into(hidden.key, size)])
+            tile = trace.new(tile_bytes, LOGITS)
+            del tile, hidden
             mark("forward")
+            wide, tile = trace.new(chosen.elements * 4, LOGITS), trace.new(tile_bytes, LOGITS)
+            gradients = {chosen.key: trace.new(size, LOGITS)}
+            del wide, tile, chosen
             tape.backward(gradients)
             return None, gradients.pop(first)
         elements = training.tokens * decoder.vocab_size
         unpacked = decoder.embedding_weights * training.compute_bytes if hidden.itemsize != training.stream_bytes else 0
         head = trace.new(unpacked, LOGITS) if unpacked else None
         logits = tape.op(LOGITS, elements, hidden.itemsize, [Into(hidden.key, hidden.elements * hidden.itemsize)])
-        del hidden
+        if not training.keeps_logits:  # else the loss is computed by the model, which has them in hand meanwhile
+            del hidden
         if decoder.family.caps_logits:
             logits = self.layers.capped(tape, logits, LOGITS)
         kept = logits.storage if training.keeps_logits else None
@@ -282,6 +289,7 @@ class Rank:
         del logits
         probabilities = trace.new(4 * elements, LOGITS)  # log_softmax, which its backward needs
         del wide
+        hidden = None
         mark("forward")
         chosen = trace.new(4 * elements, LOGITS)  # the gradient of the chosen tokens' probabilities
         gradients = {last: trace.new(4 * elements, LOGITS)}

@@ -210,11 +210,13 @@ class Tape:
                 recomputed = True
             for size in node.weights:
                 self.gradients.append(self.trace.new(size, "adapter gradients"))
+            pieces = []
             for into in node.into:
                 scratch = [self.trace.new(size, node.purpose) for size in into.scratch]
-                piece = incoming[0] if into.size_bytes is None else self.trace.new(into.size_bytes, node.purpose)
-                gradients.setdefault(into.key, piece)  # a second gradient is added in place
-                del piece
+                size = into.size_bytes
+                pieces.append(incoming[0] if size is None else self.trace.new(size, node.purpose))
                 scratch.clear()
+            incoming.clear()
             node.saved.clear()
-            del incoming
+            for into in reversed(node.into):
+                gradients.setdefault(into.key, pieces.pop())  # a second gradient is added in place
