@@ -391,7 +391,8 @@ def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
 def estimated_seconds(shape: ModelShape, recipe: Recipe, product: str, gpus: int, steps: int) -> int | None:
     """Seconds that `steps` take on `gpus` of `product`; None where the GPU's peak is not known.
 
-    6 FLOPs per token and weight at work: forward, backward to the activations, and forward again where they are recomputed.
+    6 FLOPs per token and weight at work: forward, backward to the activations, and forward again where they are
+    recomputed.
     """
     peak = peak_flops(product, recipe.compute_dtype)
     if not peak or not gpus:

@@ -14,8 +14,8 @@ Raw = dict[str, Any]
 VERDICTS = [
     # as kube-scheduler 1.37 words them
     ("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", Wait.GPUS),
-    ("0/9 nodes are available: 2 Insufficient nvidia.com/mig-3g.40gb, 7 node(s) didn't match Pod's node affinity/selector.",
-     Wait.GPUS),
+    ("0/9 nodes are available: 2 Insufficient nvidia.com/mig-3g.40gb, 7 node(s) didn't match Pod's node "
+     "affinity/selector.", Wait.GPUS),
     ("0/9 nodes are available: 1 Insufficient amd.com/gpu, 8 node(s) had untolerated taint(s).", Wait.GPUS),
     ("0/2 nodes are available: 2 cannot allocate all claims.", Wait.GPUS),
     ("0/2 nodes are available: 1 Insufficient memory, 1 node(s) didn't match Pod's node affinity/selector.",
