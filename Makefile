@@ -68,6 +68,7 @@ generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard,
 	$(PYTHON) -m tests.unit.test_chart
 	$(PYTHON) -m tests.e2e.troubleshooting
 	$(PYTHON) -m tests.unit.operator.test_sizing
+	$(PYTHON) -m tests.unit.operator.test_known_sizes
 
 format: $(VENV)/.ready ## Format the code
 	$(PYTHON) -m ruff format

@@ -366,8 +366,8 @@ def work_volume_is_not_shared(job: Job, seen: Observed, now: datetime) -> Step |
         return None
     message = (
         f"spec.storage.claimName: the training is planned on {plan.nodes} nodes, and the claim {claim} can be written "
-        "from one alone: name one with the access mode ReadWriteMany, or suspend the job, set spec.hardware.nodes to 1 and "
-        "resume"
+        "from one alone: name one with the access mode ReadWriteMany, or suspend the job, set spec.hardware.nodes to 1 "
+        "and resume"
     )
     return _say(job, seen, now, Situation(Phase.SCHEDULING, Wait.VOLUME, message), after=WHEN_CLAIMS_CHANGE)
 

@@ -19,8 +19,9 @@ PER_NODE = (1, 2, 4, 8, 16)
 _SAVINGS = (
     ("gradient_checkpointing", True, "with training.gradientCheckpointing"),
     ("method", "qlora", "with method qlora"),
-    ("offload", "activations", "with training.offload activations"),
 )
+#: What can be moved to host memory, the cheapest first.
+_OFFLOADS = ("none", "activations", "parameters")
 #: Shorter sequences are tried in these steps, from the job's own downwards, to say which would fit.
 LENGTH_STEP, SHORTEST = 64, 256
 
@@ -283,6 +284,10 @@ class _Search:
                 continue
             if self._fits(self._with(recipe, name, value), size, layout.gpus, flavour):
                 yield words
+        for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
+            if self._fits(self._with(recipe, "offload", offload), size, layout.gpus, flavour):
+                yield f"with training.offload {offload}"
+                break
         unlimited = Wishes(max_gpus=1024, headroom_percent=wishes.headroom_percent)
         for more in layouts(flavour, unlimited):
             if more.gpus <= layout.gpus:
