@@ -209,7 +209,7 @@ KILLED = Trouble(
 )  # fmt: skip
 DRAINED = Trouble(
     "drained", "Scheduling", "NoMatchingNode",
-    "train waits: not scheduled: …unschedulable…; there is …",
+    "train waits: not scheduled: …unschedulable",
     "The node is cordoned or full. A pod that was evicted is replaced within the same attempt.",
     "Nothing, if the node comes back or another one fits; the scheduler's message says what each node lacks.",
 )  # fmt: skip

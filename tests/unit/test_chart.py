@@ -474,16 +474,16 @@ def test_every_setting_of_the_operator_is_a_value_of_the_chart():
         "trainStage": {"requests": {"cpu": "7"}, "limits": {"cpu": "9"}},
         "stageEnv": {"OMP_NUM_THREADS": "1", "TRICKY": 'a: "b" {{ c }} # d'},
         "tolerations": [{"key": "gpu", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}],
+        "gpuPrices": {"NVIDIA-L40S": 1.5},
         "graceSeconds": 30,
         "workers": 2,
         "resyncSeconds": 10,
         "probePort": 9090,
         "reportPort": 9443,
     }
-    every["fullnameOverride"] = "ours"
-    written = settings(every)
-    named = {"lease": "ours", "reportService": "ours-reports"}
-    del every["fullnameOverride"]
+    rocm = "registry.example.com/trainer:rocm"
+    written = settings(every | {"fullnameOverride": "ours", "trainer": {"amdImage": rocm}})
+    named = {"lease": "ours", "reportService": "ours-reports", "amdTrainerImage": rocm}
     assert written == {"trainerImage": written["trainerImage"], **named, **every}
     assert set(written) == {field.alias for field in Settings.model_fields.values()}
     read = Settings.model_validate(written)
