@@ -14,6 +14,7 @@ from qlora_operator.commands.refusals import Refusal
 #: quarter of a second.
 COMMANDS = {
     "plan": "what the operator would decide for a job, before it is applied",
+    "explain": "why a job stands where it stands, and what to do",
     "watch": "follow a job until it has ended",
     "estimate": "predict GPU memory",
 }

@@ -373,7 +373,7 @@ def test_the_command_line_loads_the_base_install_only() -> None:
     assert foreign - ours <= base
 
 
-@pytest.mark.parametrize("command", ["plan", "watch", "estimate"])
+@pytest.mark.parametrize("command", ["plan", "explain", "watch", "estimate"])
 def test_a_command_loads_no_library_that_another_one_needs(command: str) -> None:
     """kubectl asks for nothing else while somebody waits: what is imported is most of the time that a command takes."""
     program = (
