@@ -79,7 +79,7 @@ format: $(VENV)/.ready ## Format the code
 COMPILE = $(PYTHON) -m uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate \
           --python-version 3.11 --universal pyproject.toml
 lock: $(VENV)/.ready ## Lock the dependencies anew
-	$(COMPILE) --extra operator --extra trainer --group dev --output-file requirements/dev.lock
+	$(COMPILE) --extra operator --extra trainer --extra plot --group dev --output-file requirements/dev.lock
 	$(COMPILE) --constraint requirements/dev.lock --output-file requirements/base.lock
 	$(COMPILE) --constraint requirements/dev.lock --extra operator --output-file requirements/operator.lock
 	$(COMPILE) --constraint requirements/dev.lock --extra trainer --output-file requirements/trainer.lock

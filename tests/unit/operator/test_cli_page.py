@@ -68,8 +68,6 @@ def test_the_page_has_the_exit_codes_that_help_tells(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("command", "shown"), blocks())
 def test_the_page_shows_what_the_command_prints(command: str, shown: str, tmp_path: Path):
-    if "--plot" in command:
-        pytest.importorskip("matplotlib")
     assert output_of(command, tmp_path) == shown, "run: make generate"
 
 

@@ -175,7 +175,6 @@ def described(picture: bytes) -> dict[str, Any]:
 
 
 def test_a_chart_carries_its_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    pytest.importorskip("matplotlib")
     path = tmp_path / "sweep.png"
     document = estimated(capsys, MODEL, "llama-3.1-8b", "--sweep", "seqLen=2k,4k", "--plot", str(path))
     assert described(path.read_bytes()) == document
@@ -183,7 +182,6 @@ def test_a_chart_carries_its_figures(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_a_chart_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    pytest.importorskip("matplotlib")
     for name, said in (("none/x.png", "No such file or directory"), ("x.docx", "Format 'docx' is not supported")):
         assert main(["estimate", MODEL, "--sweep", "rank=8,16", "--plot", str(tmp_path / name)]) == 2
         found = capsys.readouterr()
