@@ -60,7 +60,7 @@ up: $(VENV)/.ready ## Bring the embedded cluster up
 down: $(VENV)/.ready ## Stop the embedded cluster and remove what it left
 	$(PYTHON) -m tests.cluster down
 
-generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics, chart values and sizing errors
+generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics, chart values, sizing errors and docs/cli.md
 	$(PYTHON) -m qlora_api.schema
 	$(PYTHON) -m qlora_api.reference
 	$(PYTHON) -m charts.monitoring.dashboard
@@ -69,6 +69,7 @@ generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard,
 	$(PYTHON) -m tests.e2e.troubleshooting
 	$(PYTHON) -m tests.unit.operator.test_sizing
 	$(PYTHON) -m tests.unit.operator.test_known_sizes
+	$(PYTHON) -m tests.unit.operator.test_cli_page
 
 format: $(VENV)/.ready ## Format the code
 	$(PYTHON) -m ruff format
@@ -78,7 +79,7 @@ format: $(VENV)/.ready ## Format the code
 COMPILE = $(PYTHON) -m uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate \
           --python-version 3.11 --universal pyproject.toml
 lock: $(VENV)/.ready ## Lock the dependencies anew
-	$(COMPILE) --extra operator --extra trainer --group dev --output-file requirements/dev.lock
+	$(COMPILE) --extra operator --extra trainer --extra plot --group dev --output-file requirements/dev.lock
 	$(COMPILE) --constraint requirements/dev.lock --output-file requirements/base.lock
 	$(COMPILE) --constraint requirements/dev.lock --extra operator --output-file requirements/operator.lock
 	$(COMPILE) --constraint requirements/dev.lock --extra trainer --output-file requirements/trainer.lock

@@ -76,7 +76,7 @@ def test_a_config_that_will_not_do_is_named_with_its_key(tmp_path: Path, text: s
 def test_the_command_prints_every_item_and_what_a_gpu_must_have(capsys: pytest.CaptureFixture[str]):
     assert main(["estimate", "Qwen2.5-7B-Instruct", "--seq-len", "2048"]) == 0
     said = capsys.readouterr().out
-    assert [line.split(":")[0] for line in said.splitlines() if "on one GPU" in line] == ["lora", "qlora"]
+    assert [line.split()[1] for line in said.splitlines() if line.endswith(" on one GPU")] == ["lora", "qlora"]
     assert "quantisation scales" in said
     assert said.count("with 15 % headroom") == 2
 
@@ -102,10 +102,7 @@ def test_the_command_says_what_to_give(capsys: pytest.CaptureFixture[str], argum
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["llama-3.1-8b", "--cases", "x.csv"], ["--cases", "x.csv"], ["llama-3.1-8b", "--rank", "0"]]
-)
-def test_arguments_that_contradict_one_another_are_refused(arguments: list[str]):
-    with pytest.raises(SystemExit) as ended:
-        main(["estimate", *arguments])
-    assert ended.value.code == 2
+@pytest.mark.parametrize("arguments", [[], ["llama-3.1-8b", "--cases", "x.csv"], ["--cases", "x.csv"]])
+def test_arguments_that_contradict_one_another_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]):
+    assert main(["estimate", *arguments]) == 2
+    assert capsys.readouterr().err == "give either MODEL, or --cases with --models\n"

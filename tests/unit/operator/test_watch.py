@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qlora_api.v1alpha1 import Phase, Progress
+from qlora_operator.commands.watch import LOST, RECONNECTS, SUCCEEDED, Lost, documents, read, watch
 from qlora_operator.lifecycle.tasks import INSPECT, TRAIN
-from qlora_operator.watch import LOST, RECONNECTS, SUCCEEDED, Lost, documents, read, watch
 from tests.unit.operator import given
 
 NOT_FOUND = 'Error from server (NotFound): qlorajobs.qlora.dev "support-bot" not found'
@@ -371,6 +371,26 @@ def test_the_command_line_loads_the_base_install_only() -> None:
     ours = {"qlora_api", "qlora_operator"}
     foreign = {n for n in loaded.stdout.split() if not n.startswith("_")} - set(sys.stdlib_module_names)
     assert foreign - ours <= base
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "watch", "estimate"])
+def test_a_command_loads_no_library_that_another_one_needs(command: str) -> None:
+    """kubectl asks for nothing else while somebody waits: what is imported is most of the time that a command takes."""
+    program = (
+        "import sys, contextlib, qlora_operator.cli as cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(sys.argv[1:])\n"
+        "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
+
+    def loaded(*arguments: str) -> set[str]:
+        environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        ended = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment
+        )
+        return set(ended.stderr.splitlines()[-1].split())
+
+    assert not loaded("--help") & {"pydantic", "rich", "yaml", "matplotlib"}
+    assert not loaded(command, "--help") & {"yaml", "matplotlib", "kopf", "kubernetes", "torch"}
 
 
 def test_help_says_what_the_exit_codes_mean(kubectl: Kubectl) -> None:

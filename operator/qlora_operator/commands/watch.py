@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import json
 import os
@@ -23,12 +24,39 @@ from rich.text import Text
 
 from qlora_api.v1alpha1 import GROUP, PLURAL, Attempt, Metadata, Phase, Progress, problems
 from qlora_api.v1alpha1.fields import Document
+from qlora_operator.commands.kubectl import NOT_THERE, declare_options, kubectl
 
 SUCCEEDED, FAILED, LOST, STOPPED = 0, 1, 2, 130
 #: So often in a row kubectl may end without a word of the job; the pauses between are doubled: two minutes in all.
 RECONNECTS = 7
 LONGEST_PAUSE_SECONDS = 30.0
 BAR_WIDTH = 40
+HELP = """\
+Follow a job until it has ended: its phase, how far the training is, loss, speed and the time left.
+On a terminal this is a picture that moves; anywhere else it is a line for each change.
+
+exit codes:
+  0    the job has succeeded, or rests at its plan (planOnly)
+  1    the job has failed; its message and the attempts that failed are printed
+  2    it could not be watched to its end: no such job, deleted, cluster out of reach
+  130  stopped by Ctrl-C; the job goes on
+"""
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.description = HELP
+    parser.add_argument("name", metavar="NAME", help="name of the QLoRAJob")
+    declare_options(parser)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Watch the job that was named."""
+    command = kubectl(chosen)
+    if command is None:
+        sys.stderr.write(f"{NOT_THERE}\n")
+        return LOST
+    return watch(command, chosen.name, Console(highlight=False))
 
 
 class Spec(Document):
@@ -215,15 +243,16 @@ COLOURS: dict[str, str] = {Phase.SUCCEEDED: "bold green", Phase.FAILED: "bold re
 def failure(job: Job) -> list[str]:
     """Why a job has failed: its message, and each attempt that did not succeed."""
     failed = [attempt for attempt in job.status.attempts if attempt.outcome not in (None, "Succeeded")]
-    return [f"{job.full_name} has failed: {job.status.message}", *map(_attempt, failed)]
+    return [f"{job.full_name} has failed: {job.status.message}", *(f"  {ending(attempt)}" for attempt in failed)]
 
 
-def _attempt(attempt: Attempt) -> str:
+def ending(attempt: Attempt) -> str:
+    """How an attempt has ended, in one line."""
     what = f"{attempt.stage} {attempt.artifact}" if attempt.artifact else attempt.stage
     where = f" on {attempt.node}" if attempt.node else ""
     code = "" if attempt.exit_code is None else f", exit code {attempt.exit_code}"
     said = f": {attempt.message}" if attempt.message else ""
-    return f"  {what}, attempt {attempt.number}{where}: {attempt.outcome}{code}{said}"
+    return f"{what}, attempt {attempt.number}{where}: {attempt.outcome or 'has not ended'}{code}{said}"
 
 
 def watch(kubectl: list[str], name: str, console: Console, *, pause: Callable[[float], None] = time.sleep) -> int:
