@@ -83,7 +83,7 @@ class Layers:
         del squares
         rsqrt = tape.op(NORM, tokens, 4, [Into(mean.key, 4 * tokens)], saves_output=True)
         del mean
-        into = [Into(rsqrt.key, 4 * tokens, scratch=(4 * rows,)), Into(x.key, 4 * rows)]
+        into = [Into(x.key, 4 * rows), Into(rsqrt.key, 4 * tokens, scratch=(4 * rows,))]
         normed = tape.op(NORM, rows, 4, into, saves=[x, rsqrt])
         del x, rsqrt
         normed = self.cast(tape, normed, stream, NORM)
@@ -112,7 +112,7 @@ class Layers:
         training, decoder = self.training, self.training.decoder
         widths = [heads * decoder.head_dim for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
         if len(decoder.attention_in) == 3:
-            q, k, v = (self._linear(tape, x, linear, ATTENTION) for linear in decoder.attention_in)
+            q, k, v = (self._in_heads(tape, self._linear(tape, x, one, ATTENTION)) for one in decoder.attention_in)
         else:
             q, k, v = self._views(tape, x, widths)
         q, k = self._rotated(tape, q), self._rotated(tape, k)
@@ -123,6 +123,10 @@ class Layers:
         if decoder.attention_out:
             out = self._linear(tape, out, decoder.attention_out, ATTENTION)
         return out, scores
+
+    def _in_heads(self, tape: Tape, x: Tensor) -> Tensor:
+        """A view of `x` with heads before tokens; the gradients of written-out scores come so, and are copied."""
+        return tape.split(ATTENTION, x, [x.elements])[0] if self.training.attention == "eager" else x
 
     def _views(self, tape: Tape, x: Tensor, widths: list[int]) -> list[Tensor]:
         """Queries, keys and values as parts of one product."""
@@ -160,7 +164,8 @@ class Layers:
             v = self._copied(tape, v)
         out = tape.op(ATTENTION, v.elements, itemsize, [Into(v.key, rows), Into(soft.key, size)], saves=[soft, v])
         del v
-        out = self._copied(tape, out)
+        # heads behind tokens: a copy forwards, and backwards where the product wants heads and batch as one again
+        out = tape.op(ATTENTION, out.elements, itemsize, [Into(out.key, rows if copied else None)])
         return out, soft
 
     def _fused(self, tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Storage | None) -> Tensor:
