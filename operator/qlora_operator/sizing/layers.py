@@ -87,7 +87,7 @@ class Layers:
         del squares
         rsqrt = tape.op(NORM, tokens, 4, [Into(mean.key, 4 * tokens)], saves_output=True)
         del mean
-        into = [Into(rsqrt.key, 4 * tokens, scratch=(4 * rows,)), Into(x.key, 4 * rows)]
+        into = [Into(x.key, 4 * rows), Into(rsqrt.key, 4 * tokens, scratch=(4 * rows,))]
         normed = tape.op(NORM, rows, 4, into, saves=[x, rsqrt])
         del x, rsqrt
         if not family.wide_norms:
@@ -145,7 +145,7 @@ class Layers:
         decoder = self.training.decoder
         widths = [heads * decoder.head_dim for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
         if len(decoder.attention_in) == 3:
-            q, k, v = (self._linear(tape, x, linear, ATTENTION) for linear in decoder.attention_in)
+            q, k, v = (self._in_heads(tape, self._linear(tape, x, one, ATTENTION)) for one in decoder.attention_in)
         else:
             q, k, v = self._views(tape, x, widths)
         if decoder.family.head_norms:
@@ -183,6 +183,10 @@ class Layers:
         elements = self.training.tokens * decoder.heads * decoder.head_dim
         into = [Into(part.key, part.elements * part.itemsize) for part in (straight, turned)]
         return tape.op(ATTENTION, elements, straight.itemsize, into)
+
+    def _in_heads(self, tape: Tape, x: Tensor) -> Tensor:
+        """A view of `x` with heads before tokens; the gradients of written-out scores come so, and are copied."""
+        return tape.split(ATTENTION, x, [x.elements])[0] if self.training.attention == "eager" else x
 
     def _views(self, tape: Tape, x: Tensor, widths: list[int]) -> list[Tensor]:
         """Queries, keys and values as parts of one product."""
@@ -223,7 +227,8 @@ class Layers:
         into = [Into(v.key, v.elements * itemsize), Into(soft.key, size)]
         out = tape.op(ATTENTION, v.elements, itemsize, into, saves=[soft, v])
         del v
-        out = self._copied(tape, out)
+        # heads behind tokens: a copy forwards, and backwards where the product wants heads and batch as one again
+        out = tape.op(ATTENTION, out.elements, itemsize, [Into(out.key, rows if copied else None)])
         return out, soft
 
     def _fused(self, tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Storage | None) -> Tensor:

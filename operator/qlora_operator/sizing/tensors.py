@@ -216,6 +216,8 @@ class Tape:
                 size = into.size_bytes
                 pieces.append(incoming[0] if size is None else self.trace.new(size, node.purpose))
                 scratch.clear()
+            if self.again:  # handed out once: whoever asked for it has the last reference
+                node.saved.clear()
             incoming.clear()
             node.saved.clear()
             for into in reversed(node.into):
