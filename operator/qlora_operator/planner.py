@@ -13,7 +13,9 @@ from qlora_operator.placement.choice import (
     Infeasible,
     Layout,
     Placed,
+    Recipes,
     Wishes,
+    alternatives,
     choose,
     micro_batches,
     with_headroom,
@@ -62,7 +64,7 @@ def plan(
     `keep` is the recipe of a training that has begun: its checkpoints are bound to it, so only the place may change.
     """
     installation = installation or Installation()
-    found = [keep] if keep else recipes(spec, inspection.shape, max_length=inspection.max_length, loss=inspection.loss)
+    found = _found(spec, inspection, keep)
     if isinstance(found, Unfit):
         return found
     if refusal := contradiction(spec, installation):
@@ -76,7 +78,7 @@ def plan(
     able, refused = _with_compute_type(offers.flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
     choice = choose(
         inspection.shape,
-        lambda gpus: found if gpus == 1 else sharded(found, spec.training.optimizer or (keep and keep.optimizer)),
+        _for_gpus(found, spec, keep),
         able,
         (*offers.refused, *refused),
         wishes=wishes(spec, installation.prices),
@@ -176,30 +178,52 @@ def advice(
 ) -> str:
     """What a user can do about a training that waits for the GPUs of `plan_`: how many there are, and which others
     would do if spec.hardware named them."""
-    own = _with_products(spec, [plan_.flavour])
-    offers = inventory.offers(_demands(own, installation))
-    nodes = sum(flavour.nodes for flavour in offers.flavours if flavour.gpus_per_node >= plan_.gpus_per_node)
+    own = inventory.offers(_demands(_with_products(spec, (plan_.flavour,)), installation))
+    nodes = sum(flavour.nodes for flavour in own.flavours if flavour.gpus_per_node >= plan_.gpus_per_node)
+    such = f"{plan_.gpus_per_node} × {plan_.flavour}"
     if nodes:
-        there = f"{nodes} node{'s' * (nodes > 1)} with {plan_.gpus_per_node} × {plan_.flavour} or more, in use"
+        there = f"the cluster has {nodes} node{'s' * (nodes > 1)} with {such} or more, none of them free for it"
     else:
-        why = next((f": {r.reason}" for r in offers.refused if r.product == plan_.flavour), "")
-        there = f"no node with {plan_.gpus_per_node} × {plan_.flavour} that it may use{why}"
-    others = inventory.offers(_demands(_with_products(spec, None), installation)).flavours
-    found: list[Plan] = []
-    for product in sorted({flavour.product for flavour in others} - {plan_.flavour}):
-        made = plan(_with_products(spec, [product]), inspection, inventory, installation, keep=keep)
-        if isinstance(made, Plan):
-            found.append(made)
-    found.sort(key=lambda made: (made.nodes, made.gpus, made.memory.gpu_bytes or 0, made.flavour))
-    if not found:
-        return f"there is {there}; no other GPU here can take the training, see status.plan.rejected"
-    named = " or ".join(f"[{m.flavour}] ({m.recipe.method} on {m.gpus})" for m in found[:ALTERNATIVES])
-    return f"there is {there}; not to wait: suspend the job, set spec.hardware.gpuProducts to {named}, and resume"
+        why = next((f": {r.reason}" for r in own.refused if r.product == plan_.flavour), "")
+        there = f"the cluster has no node with {such} that it may use{why}"
+    offered = inventory.offers(_demands(_with_products(spec, ()), installation)).flavours
+    others = [flavour for flavour in offered if flavour.product != plan_.flavour]
+    found = _found(spec, inspection, keep)
+    possible = [] if isinstance(found, Unfit) else _alternatives(spec, inspection, found, others, installation, keep)
+    if not possible:
+        return f"{there}; no other GPU here can take the training, see status.plan.rejected"
+    named = " or ".join(f"[{p.flavour.product}] ({p.recipe.method}, {p.layout})" for p in possible[:ALTERNATIVES])
+    return f"{there}; not to wait: suspend the job, set spec.hardware.gpuProducts to {named}, and resume"
 
 
-def _with_products(spec: JobSpec, products: Sequence[str] | None) -> JobSpec:
-    named = None if products is None else tuple(products)
-    return spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"gpu_products": named})})
+def _found(spec: JobSpec, inspection: Inspection, keep: Recipe | None) -> list[Recipe] | Unfit:
+    """The recipes for one GPU: that of a training that has begun alone."""
+    if keep:
+        return [keep]
+    return recipes(spec, inspection.shape, max_length=inspection.max_length, loss=inspection.loss)
+
+
+def _for_gpus(found: Sequence[Recipe], spec: JobSpec, keep: Recipe | None) -> Recipes:
+    """The recipes by the number of GPUs."""
+    optimizer = spec.training.optimizer or (keep.optimizer if keep else None)
+    return lambda gpus: found if gpus == 1 else sharded(found, optimizer)
+
+
+def _alternatives(
+    spec: JobSpec,
+    inspection: Inspection,
+    found: Sequence[Recipe],
+    flavours: Sequence[Flavour],
+    installation: Installation,
+    keep: Recipe | None,
+) -> list[Placed]:
+    able, _ = _with_compute_type(flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
+    asked = wishes(spec, installation.prices)
+    return alternatives(inspection.shape, _for_gpus(found, spec, keep), able, wishes=asked)
+
+
+def _with_products(spec: JobSpec, products: tuple[str, ...]) -> JobSpec:
+    return spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"gpu_products": products})})
 
 
 def _demands(spec: JobSpec, installation: Installation) -> Demands:

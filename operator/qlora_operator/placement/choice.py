@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -115,6 +115,9 @@ class _Option:
             flavour.product,
         )
 
+    def placed(self) -> Placed:
+        return Placed(self.flavour, self.layout, self.recipe, self.micro_batch_size, self.memory)
+
 
 def choose(
     shape: ModelShape,
@@ -132,19 +135,29 @@ def choose(
     queues.
     """
     search = _Search(shape, recipes, wishes)
-    options = [option for flavour in flavours if (option := search.best_on(flavour))]
+    options = _best_of_each_product(search, flavours)
     able = {option.flavour.product for option in options}
     lacking = {f.product: f for f in sorted(flavours, key=search.capacity) if f.product not in able}
     rejected = [*refused, *(Refused(product, search.why_not(flavour)) for product, flavour in lacking.items())]
     if not options:
         return Infeasible(tuple(rejected))
-    best = min(options, key=lambda option: option.key)
-    others: dict[str, _Option] = {}
-    for option in sorted(options, key=lambda option: option.key):
-        others.setdefault(option.flavour.product, option)
-    others.pop(best.flavour.product)
-    rejected += [Refused(product, _why_rather(best, other)) for product, other in others.items()]
-    return Placed(best.flavour, best.layout, best.recipe, best.micro_batch_size, best.memory, tuple(rejected))
+    best, *others = options
+    rejected += [Refused(other.flavour.product, _why_rather(best, other)) for other in others]
+    return replace(best.placed(), rejected=tuple(rejected))
+
+
+def alternatives(shape: ModelShape, recipes: Recipes, flavours: Sequence[Flavour], *, wishes: Wishes) -> list[Placed]:
+    """The best choice on each product that has one, the preferred first."""
+    search = _Search(shape, recipes, wishes)
+    return [option.placed() for option in _best_of_each_product(search, flavours)]
+
+
+def _best_of_each_product(search: _Search, flavours: Sequence[Flavour]) -> list[_Option]:
+    options = sorted((o for flavour in flavours if (o := search.best_on(flavour))), key=lambda option: option.key)
+    best: dict[str, _Option] = {}
+    for option in options:
+        best.setdefault(option.flavour.product, option)
+    return list(best.values())
 
 
 def layouts(flavour: Flavour, wishes: Wishes) -> list[Layout]:

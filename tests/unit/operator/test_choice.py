@@ -278,14 +278,14 @@ def test_a_training_that_waits_is_told_what_else_would_do() -> None:
     assert isinstance(plan, Plan)
     said = planner.advice(spec, found, plan, inventory, Installation())
     assert said == (
-        "there is 2 nodes with 1 × NVIDIA-H100-80GB-HBM3 or more, in use; not to wait: suspend the job, set "
-        "spec.hardware.gpuProducts to [NVIDIA-A100-SXM4-80GB] (qlora on 1) or [NVIDIA-H200] (qlora on 1) or "
-        "[NVIDIA-L40S] (qlora on 4), and resume"
+        "the cluster has 2 nodes with 1 × NVIDIA-H100-80GB-HBM3 or more, none of them free for it; not to wait: "
+        "suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A100-SXM4-80GB] (qlora, 1 GPU) or [NVIDIA-H200] (qlora, 1 "
+        "GPU) or [NVIDIA-L40S] (qlora, 4 GPUs), and resume"
     )
     gone = planner.advice(spec, found, plan, Inventory.of(nodes(A100_40, 1, 1)), Installation())
     assert gone == (
-        "there is no node with 1 × NVIDIA-H100-80GB-HBM3 that it may use; no other GPU here can take the training, "
-        "see status.plan.rejected"
+        "the cluster has no node with 1 × NVIDIA-H100-80GB-HBM3 that it may use; no other GPU here can take the "
+        "training, see status.plan.rejected"
     )
 
 
