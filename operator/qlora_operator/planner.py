@@ -10,8 +10,8 @@ from qlora_api.exchange import Inspection, ModelShape, Recipe
 from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected, quantity_bytes
 from qlora_operator.placement.choice import Infeasible, choose, largest_fitting, micro_batches, with_headroom
 from qlora_operator.placement.flavours import Demands, Refused, closed, flavours
-from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
-from qlora_operator.sizing.training import DTYPE_BYTES
+from qlora_operator.sizing.host import disk, host_memory
+from qlora_operator.sizing.memory import GIB, Memory, training_memory
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
@@ -215,21 +215,24 @@ def _as_plan(
             gpu_bytes=capacity,
             headroom_percent=spec.hardware.headroom_percent,
         ),
-        host_memory_bytes=memory.total_bytes if on_cpu else host_memory_bytes(inspection),
+        host_memory_bytes=memory.total_bytes if on_cpu else host_memory_bytes(inspection, recipe, micro_batch_size),
         disk_bytes=disk_bytes(spec, inspection, recipe),
         rejected=tuple(Rejected(flavour=r.product, reason=r.reason) for r in rejected),
     )
 
 
-def host_memory_bytes(inspection: Inspection) -> int:
-    """Host memory of a training on a GPU: the Python stack, and the shards that loading maps (at most 10 GiB count)."""
-    return 4 * GIB + min(inspection.shape.bytes_on_disk, 10 * GIB)
+def host_memory_bytes(inspection: Inspection, recipe: Recipe, micro_batch_size: int) -> int:
+    """Host memory of a training on one GPU."""
+    return host_memory(inspection.shape, recipe, micro_batch_size=micro_batch_size).total_bytes
 
 
 def disk_bytes(spec: JobSpec, inspection: Inspection, recipe: Recipe) -> int:
-    """The work volume: the adapter, checkpoints (adapter and two fp32 moments, and one being written), the merged
-    model, what is downloaded from stores, and a gibibyte for results."""
-    adapter = 4 * lora_parameters(inspection.shape, rank=recipe.rank, target_modules=recipe.target_modules)
-    merged = inspection.shape.parameters * DTYPE_BYTES.get(inspection.shape.dtype, 4)
-    total = adapter + 3 * adapter * (spec.checkpoint.keep + 1) + inspection.download_bytes + GIB
-    return total + merged if "merged" in spec.output.formats else total
+    """The work volume."""
+    items = disk(
+        inspection.shape,
+        recipe,
+        download_bytes=inspection.download_bytes,
+        checkpoints_kept=spec.checkpoint.keep,
+        merged="merged" in spec.output.formats,
+    )
+    return sum(item.bytes for item in items)
