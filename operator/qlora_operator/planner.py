@@ -22,8 +22,9 @@ from qlora_operator.placement.choice import (
 )
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
 from qlora_operator.placement.inventory import Inventory
-from qlora_operator.sizing.memory import GIB, Memory, lora_parameters, training_memory
-from qlora_operator.sizing.training import DTYPE_BYTES, adapted_by_default, attention_by_default
+from qlora_operator.sizing.host import disk, host_memory
+from qlora_operator.sizing.memory import GIB, Item, training_memory
+from qlora_operator.sizing.training import adapted_by_default, attention_by_default
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
@@ -351,7 +352,7 @@ def with_half_the_micro_batch(plan: Plan, inspection: Inspection) -> Plan:
     size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if share % n == 0)
     on_gpu = plan.flavour != CPU
     memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpus=max(1, plan.gpus), gpu=on_gpu)
-    smaller = plan.memory.model_copy(update={"items": _items(memory), "total_bytes": memory.total_bytes})
+    smaller = plan.memory.model_copy(update={"items": _items(memory.items), "total_bytes": memory.total_bytes})
     return plan.model_copy(update={"micro_batch_size": size, "gradient_accumulation": share // size, "memory": smaller})
 
 
@@ -376,14 +377,32 @@ def _plan_on_cpu(
     )
 
 
-def _items(memory: Memory) -> tuple[MemoryItem, ...]:
-    return tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in memory.items)
+def _items(items: Sequence[Item]) -> tuple[MemoryItem, ...]:
+    return tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in items)
 
 
 def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
     flavour, layout, recipe, memory = choice.flavour, choice.layout, choice.recipe, choice.memory
     steps = recipe.steps(inspection.sequences)
     seconds = estimated_seconds(inspection.shape, recipe, flavour.product, layout.gpus, steps)
+    host = (
+        memory
+        if flavour.product == CPU
+        else host_memory(
+            inspection.shape,
+            recipe,
+            micro_batch_size=choice.micro_batch_size,
+            gpus_per_node=layout.gpus_per_node,
+            gpus=layout.gpus,
+        )
+    )
+    room = disk(
+        inspection.shape,
+        recipe,
+        download_bytes=inspection.download_bytes,
+        checkpoints_kept=spec.checkpoint.keep,
+        merged="merged" in spec.output.formats,
+    )
     return Plan(
         recipe=recipe,
         accelerator=spec.hardware.accelerator,
@@ -400,14 +419,16 @@ def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
         estimated_seconds=seconds,
         estimated_gpu_hours=None if seconds is None else round(seconds * layout.gpus / 3600, 2),
         memory=MemoryPlan(
-            items=_items(memory),
+            items=_items(memory.items),
             total_bytes=memory.total_bytes,
             gpu_bytes=flavour.memory_bytes,
             headroom_percent=spec.hardware.headroom_percent,
             notes=memory.notes,
         ),
-        host_memory_bytes=memory.total_bytes if flavour.product == CPU else host_memory_bytes(inspection),
-        disk_bytes=disk_bytes(spec, inspection, recipe),
+        host_memory_bytes=host.total_bytes,
+        host_memory_items=_items(host.items),
+        disk_bytes=sum(item.bytes for item in room),
+        disk_items=_items(room),
         rejected=tuple(Rejected(flavour=r.product, reason=r.reason) for r in choice.rejected),
     )
 
@@ -424,17 +445,3 @@ def estimated_seconds(shape: ModelShape, recipe: Recipe, product: str, gpus: int
     tokens = steps * recipe.effective_batch_size * recipe.max_length
     per_weight = 6 if recipe.gradient_checkpointing else 4
     return max(1, round(per_weight * shape.active_parameters * tokens / (peak * USUAL_UTILISATION * gpus)))
-
-
-def host_memory_bytes(inspection: Inspection) -> int:
-    """Host memory of a training on a GPU: the Python stack, and the shards that loading maps (at most 10 GiB count)."""
-    return 4 * GIB + min(inspection.shape.bytes_on_disk, 10 * GIB)
-
-
-def disk_bytes(spec: JobSpec, inspection: Inspection, recipe: Recipe) -> int:
-    """The work volume: the adapter, checkpoints (adapter and two fp32 moments, and one being written), the merged
-    model, what is downloaded from stores, and a gibibyte for results."""
-    adapter = 4 * lora_parameters(inspection.shape, rank=recipe.rank, target_modules=recipe.target_modules)
-    merged = inspection.shape.parameters * DTYPE_BYTES.get(inspection.shape.dtype, 4)
-    total = adapter + 3 * adapter * (spec.checkpoint.keep + 1) + inspection.download_bytes + GIB
-    return total + merged if "merged" in spec.output.formats else total

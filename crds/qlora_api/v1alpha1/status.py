@@ -53,10 +53,10 @@ class Condition(Document):
 
 
 class MemoryItem(Document):
-    """One use of a GPU's memory."""
+    """One use of memory or room."""
 
     name: str = Field(description="What it is for.")
-    bytes: int = Field(description="Predicted bytes on one GPU.")
+    bytes: int = Field(description="Predicted bytes: of a GPU's memory on one GPU.")
 
 
 class MemoryPlan(Document):
@@ -104,7 +104,9 @@ class Plan(Document):
     estimated_gpu_hours: float | None = Field(default=None, description="The same times GPUs, in hours.")
     memory: MemoryPlan = Field(description="One GPU's memory at the peak, item by item.")
     host_memory_bytes: int = Field(description="Memory that the training pod asks for.")
+    host_memory_items: tuple[MemoryItem, ...] = Field(default=(), description="The same use by use.")
     disk_bytes: int = Field(description="Size of the work volume.")
+    disk_items: tuple[MemoryItem, ...] = Field(default=(), description="The same use by use.")
     rejected: tuple[Rejected, ...] = Field(default=(), description="The flavours not chosen, and why.")
     planned_for: str | None = Field(
         default=None, description="Fingerprint of spec.hardware and spec.podTemplate that it was made for."

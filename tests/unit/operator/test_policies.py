@@ -169,7 +169,7 @@ CASES = [
          nodes=[*NODES, *SMALL], attempts={"train-1": UNSCHEDULED},
          says="suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A2] (qlora, 1 GPU), and resume"),
     Case("the nodes that it was planned for are gone", job(None, INSPECT), [], "Scheduling", "InsufficientGPUs",
-         nodes=SMALL, attempts={"train-1": UNSCHEDULED}, says="the cluster has no node with 1 × NVIDIA-L40S that it may use"),
+         nodes=SMALL, attempts={"train-1": UNSCHEDULED}, says="has no node with 1 × NVIDIA-L40S that it may use"),
     Case("Kueue has not admitted it", job({"queue": {"name": "gpus"}}, INSPECT), [], "Scheduling", "Queued",
          attempts={"train-1": QUEUED}, conditions={"Scheduled": "False"}, says="the queue gpus has not admitted it"),
     Case("a claim of the user's for several nodes, and not shared",
