@@ -44,10 +44,10 @@ class Ledger(TorchDispatchMode):
         if self._resize is torch.UntypedStorage.resize_:
             ledger = self
 
-            def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-                ledger._released(storage._cdata)
-                result = ledger._resize(storage, size)
-                ledger._count(storage, "resize")
+            def resize_(self: torch.UntypedStorage, size: int) -> Any:
+                ledger._released(self._cdata)
+                result = ledger._resize(self, size)
+                ledger._count(self, "resize")
                 return result
 
             torch.UntypedStorage.resize_ = resize_  # FSDP frees and fills its gathered weights so

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from bitsandbytes.nn import Linear4bit, modules
+from bitsandbytes.nn import modules
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,7 +34,7 @@ def mesh_of(gpus: int) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def _found_in_the_module(module: Linear4bit) -> None:
+def _found_in_the_module(module: Any) -> None:
     """Scales are not sharded: the layer keeps them beside the weight (bitsandbytes makes a Params4bit of it again)."""
     module.weight.quant_state = module.quant_state
 
@@ -50,6 +50,6 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
 
 
-def like(weight: DTensor, shard: torch.Tensor) -> DTensor:
+def like(weight: Any, shard: Any) -> DTensor:
     """`shard` as this rank's part of a tensor that is sharded as `weight` is."""
     return DTensor.from_local(shard, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -46,7 +46,7 @@ def quantised(linear: nn.Linear, recipe: Recipe, storage: torch.dtype) -> Linear
     )
 
 
-def packed(linear: Linear4bit) -> nn.Parameter:
+def packed(linear: Any) -> Any:
     """The weight as bitsandbytes quantises it: two values to a byte, and a scale for every 64 of them."""
     count = linear.in_features * linear.out_features
     blocks = -(-count // 64)
@@ -67,12 +67,12 @@ def packed(linear: Linear4bit) -> nn.Parameter:
         **nested,
     )
     storage = linear.quant_storage
-    weight = nn.Parameter(torch.empty((count // 2 // storage.itemsize, 1), dtype=storage), requires_grad=False)
+    weight: Any = nn.Parameter(torch.empty((count // 2 // storage.itemsize, 1), dtype=storage), requires_grad=False)
     weight.quant_state = linear.quant_state = state  # as Params4bit has it, which cannot be made of a fake tensor
     return weight
 
 
-def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fused_loss: bool) -> nn.Module:
+def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fused_loss: bool) -> Any:
     """The model with its adapter, on meta."""
     settings = AutoConfig.for_model(**config)
     with torch.device("meta"):
@@ -142,9 +142,9 @@ def step_of(
             if recipe.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
-            trained = [weight for weight in model.parameters() if weight.requires_grad]
+            trained: list[Any] = [weight for weight in model.parameters() if weight.requires_grad]
             # what the optimizer works on: the shards, without DTensor's bookkeeping around each
-            own = [nn.Parameter(weight.to_local()) for weight in trained] if mesh else trained
+            own: list[Any] = [nn.Parameter(weight.to_local()) for weight in trained] if mesh else trained
             optimizer = make_optimizer(recipe, own)
             for weight in own:
                 weight.grad = torch.empty_like(weight)
@@ -157,7 +157,9 @@ def step_of(
             ledger.watch_from_here()
             for _ in range(steps):
                 shape = (micro_batch_size, recipe.max_length)
-                batch = Batch(*(torch.empty(shape, dtype=torch.int64) for _ in range(3)), tokens)
+                ids, positions, labels = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
+                batch = Batch(ids, positions, labels, tokens)
+                del ids, positions, labels
                 if fused_loss:
                     part = model(
                         input_ids=batch.ids, position_ids=batch.positions, labels=batch.labels, fused_lm_head=True

@@ -169,9 +169,11 @@ class Rank:
             gathered = self._gathered_layers()
             tape, first, last = tapes.pop()
             if training.gradient_checkpointing:
-                for index in range(max(0, number + 1 - IN_FLIGHT), number + 1):
-                    checkpoints[index] = checkpoints[index] or trace.new(rows * stream, CHECKPOINTS)
-                tape.again = partial(self._again, checkpoints.pop(), mask)
+                checkpoint = checkpoints.pop() or trace.new(rows * stream, CHECKPOINTS)
+                if checkpoints:  # the next one is fetched meanwhile, if it waits in host memory
+                    checkpoints[-1] = checkpoints[-1] or trace.new(rows * stream, CHECKPOINTS)
+                tape.again = partial(self._again, checkpoint, mask)
+                del checkpoint
             flowing = {last: gradient}
             del gradient
             tape.backward(flowing)

@@ -18,6 +18,7 @@ from qlora_operator.cli import main
 from qlora_operator.sizing.allocator import peak_reserved_bytes
 from qlora_operator.sizing.cases import CasesError, Compared, compare, median_abs_error, worst_abs_error
 from qlora_operator.sizing.config import shape_of_config
+from qlora_operator.sizing.host import disk, host_memory
 from qlora_operator.sizing.memory import (
     FRAGMENTATION,
     lora_parameters,
@@ -304,6 +305,53 @@ def test_a_step_of_several_micro_batches_begins_with_gradients() -> None:
     every = [module.name for module in shape.linear]
     adapted = 4 * lora_parameters(shape, rank=256, target_modules=given.recipe().target_modules or every)
     assert 0.5 * adapted < more <= adapted
+
+
+# --- host and volume ---
+
+
+def on_host(
+    offload: str = "none", *, gpus_per_node: int = 1, gpus: int | None = None, **changes: Any
+) -> dict[str, int]:
+    recipe = given.recipe(offload=offload, max_length=4096, **changes)
+    shape = SHAPES["meta-llama/Llama-3.1-70B"]
+    found = host_memory(shape, recipe, micro_batch_size=1, gpus_per_node=gpus_per_node, gpus=gpus)
+    assert found.total_bytes == sum(item.bytes for item in found.items)
+    assert all(item.bytes > 0 for item in found.items)
+    return {item.name: item.bytes for item in found.items}
+
+
+def test_what_leaves_the_gpu_is_in_host_memory() -> None:
+    shape, base = SHAPES["meta-llama/Llama-3.1-70B"], on_host()
+    checkpoints = on_host("activations").pop("offloaded checkpoints")
+    assert checkpoints == shape.layers * 4096 * shape.hidden_size * 2, "a power of two each, so nothing is lost"
+    assert on_host("activations", gradient_checkpointing=False) == base, "there are none"
+    parameters = on_host("parameters").pop("offloaded parameters")
+    in_linears = sum(m.in_features * m.out_features * m.count for m in shape.linear)
+    exact = in_linears // 2 + 2 * (shape.parameters - in_linears)
+    assert exact <= parameters <= 2 * exact, "page-locked blocks are powers of two"
+
+
+def test_the_nodes_of_a_sharded_training_share_what_is_offloaded() -> None:
+    one, two = (on_host("parameters", gpus_per_node=8, gpus=gpus)["offloaded parameters"] for gpus in (8, 16))
+    assert two == pytest.approx(one / 2, rel=0.01)
+    assert on_host(gpus_per_node=8)["mapped weights"] == on_host()["mapped weights"], "one file, mapped by all"
+    assert on_host(gpus_per_node=8)["loading"] == 8 * on_host()["loading"]
+    assert "paged optimizer state" not in on_host(gpus_per_node=8), "bitsandbytes' optimizers cannot step on shards"
+
+
+def test_the_volume_holds_the_merged_model_only_where_it_is_asked_for() -> None:
+    shape = SHAPES["meta-llama/Llama-3.1-8B"]
+
+    def items(*, merged: bool, kept: int = 2) -> dict[str, int]:
+        found = disk(shape, given.recipe(), download_bytes=0, checkpoints_kept=kept, merged=merged)
+        return {item.name: item.bytes for item in found}
+
+    assert items(merged=True)["merged model"] == 2 * shape.parameters
+    assert items(merged=False) == {k: v for k, v in items(merged=True).items() if k != "merged model"}
+    adapter = items(merged=False)["adapter"]
+    assert items(merged=False, kept=3)["checkpoints"] - items(merged=False)["checkpoints"] == 3 * adapter
+    assert "download" not in items(merged=False), "nothing comes from a store"
 
 
 # --- the allocator ---
