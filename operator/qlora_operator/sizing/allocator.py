@@ -3,7 +3,8 @@
 The rules are those of c10/cuda/CUDACachingAllocator (PyTorch 2.x): small requests are served from
 segments of 2 MiB, others from segments of 20 MiB or of their own size; a request takes the smallest free block that is
 large enough and leaves the rest as a block of its own; neighbours that are free become one. Memory goes back to the
-driver only when it has run out, which is not modelled: a plan must fit without that.
+driver when the program says so (torch.cuda.empty_cache), and when it has run out, which is not modelled: a plan must
+fit without that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from qlora_operator.sizing.tensors import BLOCK_BYTES, Event
+from qlora_operator.sizing.tensors import BLOCK_BYTES, CACHE_RELEASED, Event
 
 MIB = 1024**2
 #: kSmallSize, kSmallBuffer, kMinLargeAlloc, kLargeBuffer and kRoundLarge of the allocator.
@@ -46,20 +47,35 @@ class _Pool:
         self._free.pop(bisect_left(self._free, (block.size, block.address)))
         block.free = False
 
+    def given_back(self) -> int:
+        """Bytes of the segments that nothing is in, which are no more."""
+        empty = [block for _, _, block in self._free if block.before is None and block.after is None]
+        for block in empty:
+            self.take(block)
+        if self.last in empty:
+            self.last = None
+        return sum(block.size for block in empty)
+
     def best(self, size: int) -> _Block | None:
         index = bisect_left(self._free, (size,))
         return self._free[index][2] if index < len(self._free) else None
 
 
 def peak_reserved_bytes(events: Iterable[Event], *, expandable: bool = False) -> int:
-    """Bytes that the allocator has reserved after `events`; they never fall. Each stream has memory of its own.
+    """Bytes that the allocator has reserved after `events`: the most since it last gave some back.
+
+    Each stream has memory of its own.
 
     `expandable`: one segment per pool that grows at its end (`PYTORCH_ALLOC_CONF=expandable_segments:True`).
     """
     pools: dict[tuple[int, bool], _Pool] = {}
     held: dict[int, tuple[_Block, _Pool]] = {}
-    reserved = 0
-    for number, size, stream in events:
+    reserved = addresses = 0
+    for event in events:
+        number, size, stream = event
+        if event == CACHE_RELEASED:
+            reserved -= sum(pool.given_back() for pool in pools.values())
+            continue
         if size is None:
             block, pool = held.pop(number)
             _release(block, pool)
@@ -70,8 +86,8 @@ def peak_reserved_bytes(events: Iterable[Event], *, expandable: bool = False) ->
         if block is not None:
             pool.take(block)
         else:
-            block, grown = _grown(pool, size, reserved, expandable=expandable)
-            reserved += grown
+            block, grown = _grown(pool, size, addresses, expandable=expandable)
+            reserved, addresses = reserved + grown, addresses + grown
         _split(block, size, pool, at_least=BLOCK_BYTES if small or expandable else SMALL_REQUEST + 1)
         held[number] = block, pool
     return reserved

@@ -49,13 +49,13 @@ class Rank:
         self.training, self.trace = training, trace
         self.layers = Layers(training, trace)
         self.rows = training.tokens * training.decoder.hidden_size
-        self._workspaces = [trace.new(WORKSPACE_BYTES, WORKSPACE) for _ in range(2)]
         self._weights = self._load()
         self._adapters = [
             trace.new(-(-weights * training.adapter_bytes // training.gpus), ADAPTER)
             for linear in (*training.decoder.linears * training.decoder.layers, *training.decoder.unlike)
             for weights in training.adapter_weights(linear)
         ]
+        self._workspaces = [trace.new(WORKSPACE_BYTES, WORKSPACE) for _ in range(2)]  # with the first products
         self._state: list[Storage] = []
 
     # --- loading ---
@@ -93,6 +93,7 @@ class Rank:
         if training.stream_bytes != compute:  # PEFT's k-bit preparation replaces them one by one
             for index, size in enumerate(other):
                 unquantised[index] = trace.new(size * training.stream_bytes // share, EMBEDDINGS)
+            trace.release_cache()
         if quantised and at_first != share:
             for index, storage in enumerate(weights):
                 if storage.purpose == WEIGHTS:

@@ -24,6 +24,10 @@ class Event(NamedTuple):
     stream: int = 0
 
 
+#: torch.cuda.empty_cache(): memory that nothing is in goes back to the driver.
+CACHE_RELEASED = Event(0, None)
+
+
 class Trace:
     """What is allocated now, by what it is for, and every allocation and release so far, in order."""
 
@@ -39,6 +43,10 @@ class Trace:
     def watch_from_here(self) -> None:
         """Forget the peak so far, as torch.cuda.reset_peak_memory_stats does."""
         self.peak_bytes, self.at_peak = self.held_bytes, dict(self.held)
+
+    def release_cache(self) -> None:
+        """As torch.cuda.empty_cache."""
+        self.events.append(CACHE_RELEASED)
 
     def new(self, size_bytes: int, purpose: str, *, stream: int = 0) -> Storage:
         """Memory for `size_bytes` bytes; released when nothing refers to it any more."""

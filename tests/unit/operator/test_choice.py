@@ -279,8 +279,8 @@ def test_a_training_that_waits_is_told_what_else_would_do() -> None:
     said = planner.advice(spec, found, plan, inventory, Installation())
     assert said == (
         "the cluster has 2 nodes with 1 × NVIDIA-H100-80GB-HBM3 or more, none of them free for it; not to wait: "
-        "suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A100-SXM4-80GB] (qlora, 1 GPU) or [NVIDIA-H200] (qlora, 1 "
-        "GPU) or [NVIDIA-L40S] (qlora, 4 GPUs), and resume"
+        "suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A100-SXM4-80GB] (qlora, 1 GPU) or [NVIDIA-H200] "
+        "(qlora, 1 GPU) or [NVIDIA-L40S] (qlora, 4 GPUs), and resume"
     )
     gone = planner.advice(spec, found, plan, Inventory.of(nodes(A100_40, 1, 1)), Installation())
     assert gone == (
