@@ -73,10 +73,10 @@ def plan(
     demands = _demands(spec, installation)
     if spec.hardware.accelerator == CPU:
         return _plan_on_cpu(spec, inspection, found, inventory.largest_memory_bytes(demands))
-    if refusal := loftq_refusal(spec, inspection, inventory.largest_memory_bytes(demands)):
+    if spec.lora.init == "loftq" and (refusal := _loftq_too_large(inspection, inventory.largest_memory_bytes(demands))):
         return refusal
     offers = inventory.offers(demands)
-    able, refused = _with_compute_type(offers.flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
+    able, refused = _able(spec, offers.flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
     choice = choose(
         inspection.shape,
         _for_gpus(found, spec, keep),
@@ -120,6 +120,14 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
             "set HF_ENDPOINT in the chart's stageEnv, or give the place of a copy (pvc://, s3://)",
             final=True,
         )
+    if hardware.accelerator == CPU:
+        return None
+    if hardware.allocation == "dra" and hardware.accelerator == "amd":
+        return Unfit(
+            "DraForNvidiaOnly",
+            "spec.hardware.allocation: dra asks NVIDIA's driver for devices; with accelerator amd use devicePlugin",
+            final=True,
+        )
     gpus = max(hardware.gpus or 1, hardware.nodes or 1)
     effective, size = training.effective_batch_size, training.micro_batch_size or 1
     if gpus > 1 and training.optimizer in ONE_GPU_OPTIMIZERS:
@@ -129,11 +137,11 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
             "(adamw_torch_fused is then used), or set spec.hardware.gpus to 1",
             final=True,
         )
-    if hardware.gpus and effective % (hardware.gpus * size):
+    if effective % (gpus * size):
         return Unfit(
             "BatchNotDivisible",
-            f"spec.training.effectiveBatchSize: {effective} sequences cannot be shared by {hardware.gpus} GPUs in "
-            f"micro-batches of {size}; make it a multiple of {hardware.gpus * size}",
+            f"spec.training.effectiveBatchSize: {effective} sequences cannot be shared by {gpus} GPUs in "
+            f"micro-batches of {size}; make it a multiple of {gpus * size}",
             final=True,
         )
     return None
@@ -145,10 +153,10 @@ def _on_the_hub(spec: JobSpec) -> set[str]:
     return {place.uri for place in places if place.uri.startswith("hf://")}
 
 
-def loftq_refusal(spec: JobSpec, inspection: Inspection, largest_bytes: int) -> Unfit | None:
+def _loftq_too_large(inspection: Inspection, largest_bytes: int) -> Unfit | None:
     """LoftQ starts from the whole base in fp32, on the host (training.md, LoftQ)."""
     need = 4 * inspection.shape.parameters
-    if spec.lora.init != "loftq" or need <= largest_bytes:
+    if need <= largest_bytes:
         return None
     return Unfit(
         "LoftqTooLarge",
@@ -180,9 +188,13 @@ def advice(
     """What a user can do about a training that waits for the GPUs of `plan_`: how many there are, and which others
     would do if spec.hardware named them."""
     own = inventory.offers(_demands(_with_products(spec, (plan_.flavour,)), installation))
-    nodes = sum(flavour.nodes for flavour in own.flavours if flavour.gpus_per_node >= plan_.gpus_per_node)
+    need = with_headroom(plan_.memory.total_bytes, plan_.memory.headroom_percent)
+    enough = (f for f in own.flavours if f.gpus_per_node >= plan_.gpus_per_node and f.memory_bytes >= need)
+    nodes = sum(flavour.nodes for flavour in enough)
     such = f"{plan_.gpus_per_node} × {plan_.flavour}"
-    if nodes:
+    if 0 < nodes < plan_.nodes:
+        there = f"the cluster has {nodes} of the {plan_.nodes} nodes with {such} or more"
+    elif nodes:
         there = f"the cluster has {nodes} node{'s' * (nodes > 1)} with {such} or more, none of them free for it"
     else:
         why = next((f": {r.reason}" for r in own.refused if r.product == plan_.flavour), "")
@@ -218,7 +230,7 @@ def _alternatives(
     installation: Installation,
     keep: Recipe | None,
 ) -> list[Placed]:
-    able, _ = _with_compute_type(flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
+    able, _ = _able(spec, flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
     asked = wishes(spec, installation.prices)
     return alternatives(inspection.shape, _for_gpus(found, spec, keep), able, wishes=asked)
 
@@ -241,6 +253,16 @@ def _demands(spec: JobSpec, installation: Installation) -> Demands:
 def _is_bound(spec: JobSpec, keep: Recipe | None) -> bool:
     """Whether the compute type is not to be chosen: the user has, or a training has begun."""
     return keep is not None or spec.quantization.compute_dtype is not None
+
+
+def _able(spec: JobSpec, flavours: Sequence[Flavour], bound: str | None) -> tuple[list[Flavour], list[Refused]]:
+    """The flavours that the job's compute type and allocation allow, and the others with the reason."""
+    able, refused = _with_compute_type(flavours, bound)
+    if spec.hardware.allocation != "dra":
+        return able, refused
+    slices = {flavour.product for flavour in able if flavour.partition}
+    why = "a slice cannot be claimed by DRA here; use hardware.allocation devicePlugin"
+    return [f for f in able if not f.partition], [*refused, *(Refused(product, why) for product in sorted(slices))]
 
 
 def _with_compute_type(flavours: Sequence[Flavour], bound: str | None) -> tuple[list[Flavour], list[Refused]]:
@@ -266,7 +288,7 @@ def _in_the_card_s_type(choice: Placed, *, bound: bool) -> Placed:
     return replace(choice, recipe=choice.recipe.model_copy(update={"compute_dtype": "float16"}))
 
 
-_CURE = "Add such a node, or suspend the job, change spec.hardware and resume"
+_CURE = "Add such a node, or suspend the job, change spec.hardware and resume (what else is said needs a new job)"
 
 #: Nodes with GPUs are commonly tainted with the resource's name (as the ExtendedResourceToleration plugin expects).
 GPU_TOLERATIONS: tuple[dict[str, Any], ...] = (

@@ -10,6 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from qlora_api.v1alpha1 import JobSpec
+
 DEFAULT_PATH = "/etc/qlora-operator/config.yaml"
 
 
@@ -65,6 +67,11 @@ class Settings(_Strict):
     )
     report_port: int = Field(default=8443, ge=1, le=65535, description="Takes the trainers' reports, over HTTPS.")
     probe_port: int = Field(default=8080, ge=1, le=65535, description="Serves /healthz, /readyz and /metrics.")
+
+    def image_of(self, spec: JobSpec, *, trains: bool = True) -> str:
+        """The image of the job's training, or of its other stages."""
+        amd = self.amd_trainer_image if trains and spec.hardware.accelerator == "amd" else None
+        return spec.pod_template.image or amd or self.trainer_image
 
 
 def load(path: str | None = None) -> Settings:

@@ -1,9 +1,9 @@
 """Where a job stands, and what came out: `status`. Written by the operator alone."""
 
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qlora_api.exchange import Inspection, Recipe, Score
 from qlora_api.v1alpha1.fields import Accelerator, ConditionStatus, Document, Timestamp
@@ -108,6 +108,19 @@ class Plan(Document):
     disk_bytes: int = Field(description="Size of the work volume.")
     disk_items: tuple[MemoryItem, ...] = Field(default=(), description="The same use by use.")
     rejected: tuple[Rejected, ...] = Field(default=(), description="The flavours not chosen, and why.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_version_that_knew_one_resource(cls, stored: Any) -> Any:
+        """Plans of NVIDIA's GPUs were once stored without what a pod asks for and by which labels."""
+        if not isinstance(stored, dict) or stored.get("flavour") in (None, "cpu") or stored.get("resource"):
+            return stored
+        return stored | {
+            "resource": "nvidia.com/gpu",
+            "labels": {"nvidia.com/gpu.product": stored["flavour"]},
+            "memoryLabel": "nvidia.com/gpu.memory",
+        }
+
     planned_for: str | None = Field(
         default=None, description="Fingerprint of spec.hardware and spec.podTemplate that it was made for."
     )

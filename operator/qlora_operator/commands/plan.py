@@ -20,7 +20,6 @@ from qlora_operator.commands.refusals import BadInput
 from qlora_operator.commands.shown import WIDTH, PlanShown, say, show_plan, show_rejected
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.planner import Installation, Unfit, plan
-from qlora_operator.sizing.memory import training_memory
 
 PLANNED, NO_PLAN = 0, 1
 HELP = """\
@@ -115,14 +114,6 @@ def _planned(
     return made
 
 
-def _notes_on_memory(made: Plan | Unfit, premise: Premises) -> tuple[str, ...]:
-    """What the sizing has to say of its own figures."""
-    if isinstance(made, Unfit):
-        return ()
-    size, gpus = made.micro_batch_size, max(1, made.gpus)
-    return training_memory(premise.inspection.shape, made.recipe, micro_batch_size=size, gpus=gpus).notes
-
-
 def _as_document(made: Plan | Unfit) -> dict[str, Any]:
     """`status.plan`, or what the condition Planned would say instead."""
     return made.to_api() if isinstance(made, Plan) else {"reason": made.reason, "message": made.message}
@@ -131,7 +122,7 @@ def _as_document(made: Plan | Unfit) -> dict[str, Any]:
 def _notes(manifest: Manifest, premise: Premises, made: Plan | Unfit) -> list[str]:
     return [
         *(f"assumed: {each}" for each in premise.assumed),
-        *(f"note: {each}" for each in _notes_on_memory(made, premise)),
+        *(f"note: {each}" for each in (made.memory.notes if isinstance(made, Plan) else ())),
         *(f"the operator of this version will refuse it: {sentence}" for sentence in manifest.remarks),
     ]
 

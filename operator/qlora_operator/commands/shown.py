@@ -9,6 +9,7 @@ from qlora_api.v1alpha1 import MemoryItem, MemoryPlan, Rejected
 from qlora_api.v1alpha1.fields import Document
 from qlora_operator.commands.bar import bar, legend, measured_bar
 from qlora_operator.placement.choice import with_headroom
+from qlora_operator.sizing.memory import CONTEXT
 
 GIB = 1024**3
 #: Columns where there is no terminal to ask.
@@ -138,7 +139,8 @@ def show_memory(memory: MemoryPlan, console: Console, *, of: str) -> None:
     console.print(bar(memory.items, whole_bytes=whole, headroom_bytes=needed - total))
     if memory.measured_bytes is not None:
         console.print(measured_bar(memory.measured_bytes, whole_bytes=whole))
-        off = 100 * (memory.measured_bytes / total - 1)
+        known = total - sum(item.bytes for item in memory.items if item.name == CONTEXT)  # not the allocator's
+        off = 100 * (memory.measured_bytes / known - 1)
         more_or_less = "more" if off >= 0 else "less"
         say(console, f"measured: {memory.measured_bytes / GIB:.1f} GiB, {abs(off):.1f} % {more_or_less} than predicted")
     console.print(legend(memory.items, headroom_bytes=needed - total, free_bytes=whole - needed))

@@ -273,16 +273,21 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
         message = f"planned: {in_brief(made)}, micro-batch {made.micro_batch_size}"
         situation = Situation(Phase.PLANNING, "Planned", message)
         return _say(Job(job.metadata, job.spec, planned), seen, now, situation, after=NOW)
-    if made.final:
+    if made.final and job.status.plan is None:
         return _fail(job, seen, now, made.reason, made.message)
-    # no time to look again: it is queued when the cluster's nodes change
+    # no time to look again: it is queued when nodes change, or when the edit that left it without a plan is taken back
     return _say(job, seen, now, Situation(Phase.PLANNING, made.reason, made.message))
 
 
 def _begun(job: Job) -> Recipe | None:
-    """The recipe of a training that may have left checkpoints."""
-    begun = bool(ended(job.status, TRAIN)) or job.status.work_volume is not None
-    return job.status.plan.recipe if job.status.plan and begun else None
+    """The recipe of a training that may have left checkpoints: it was at work once. (On a CPU nothing counts that.)"""
+    status = job.status
+    if status.plan is None:
+        return None
+    attempts = any(attempt.stage == Stage.TRAIN for attempt in status.attempts)
+    ran = bool(status.usage and status.usage.gpu_seconds) or bool(status.progress and status.progress.step)
+    on_cpu = not status.plan.gpus and status.work_volume is not None
+    return status.plan.recipe if attempts or ran or on_cpu else None
 
 
 def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
@@ -360,14 +365,14 @@ def work_volume_is_missing(job: Job, seen: Observed, now: datetime) -> Step | No
 
 
 def work_volume_is_not_shared(job: Job, seen: Observed, now: datetime) -> Step | None:
-    """Every node of the training writes to it: a claim of the user's must allow that. (Our own does.)"""
-    plan, claim = job.status.plan, job.spec.storage.claim_name
-    if plan is None or plan.nodes == 1 or claim is None or claim in seen.shared_claims or is_done(job.status, TRAIN):
+    """Every node of the training writes to it: the user's claim must allow that, or our own, made for a plan on one."""
+    plan, claim = job.status.plan, work_claim(job)
+    if plan is None or plan.nodes == 1 or claim in seen.shared_claims or is_done(job.status, TRAIN):
         return None
+    named = "spec.storage.claimName" if job.spec.storage.claim_name else "spec.hardware.nodes"
     message = (
-        f"spec.storage.claimName: the training is planned on {plan.nodes} nodes, and the claim {claim} can be written "
-        "from one alone: name one with the access mode ReadWriteMany, or suspend the job, set spec.hardware.nodes to 1 "
-        "and resume"
+        f"{named}: the training is planned on {plan.nodes} nodes, and the claim {claim} can be written from one alone "
+        "(it lacks the access mode ReadWriteMany): suspend the job, set spec.hardware.nodes to 1 and resume"
     )
     return _say(job, seen, now, Situation(Phase.SCHEDULING, Wait.VOLUME, message), after=WHEN_CLAIMS_CHANGE)
 

@@ -30,9 +30,6 @@ def names(job: Job, task: Task, attempt: int) -> list[tuple[str, str]]:
     """Kind and name of all that an attempt may have left; the Job first, so that nothing runs without the rest."""
     name = task.job_name(job.metadata.name, attempt)
     found = [("Job", name), ("ConfigMap", name)]
-    plan = job.status.plan
-    if task == TRAIN and plan is not None and plan.nodes > 1:
-        found.append(("Service", name))
-    if task == TRAIN and gpus.uses_dra(job):
-        found.append(("ResourceClaimTemplate", name))
+    if task == TRAIN:  # an earlier plan may have had them
+        found += [("Service", name), ("ResourceClaimTemplate", name)]
     return found

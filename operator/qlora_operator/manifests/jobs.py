@@ -142,7 +142,7 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
         "containers": [
             {
                 "name": CONTAINER,
-                "image": _image(job, settings, on_gpu=on_gpu),
+                "image": settings.image_of(job.spec, trains=task == TRAIN),
                 "imagePullPolicy": settings.image_pull_policy,
                 "env": [
                     *({"name": key, "value": value} for key, value in sorted(environment.items())),
@@ -161,11 +161,6 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
         ],
         **{key: value for key, value in optional.items() if value},
     }
-
-
-def _image(job: Job, settings: Settings, *, on_gpu: bool) -> str:
-    amd = settings.amd_trainer_image if on_gpu and job.spec.hardware.accelerator == "amd" else None
-    return job.spec.pod_template.image or amd or settings.trainer_image
 
 
 def _resources(job: Job, task: Task, settings: Settings, *, on_gpu: bool) -> dict[str, Any]:

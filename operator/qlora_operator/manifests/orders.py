@@ -125,7 +125,7 @@ def _publish(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
             "recipe": plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             "recipeDigest": fingerprint(plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)),
             "mergeBase": job.spec.output.merge_base if artifact == "merged" else None,
-            "image": job.spec.pod_template.image or settings.trainer_image,
+            "image": settings.image_of(job.spec),
         },
     )
 

@@ -24,6 +24,8 @@ _SAVINGS = (
 _OFFLOADS = ("none", "activations", "parameters")
 #: Shorter sequences are tried in these steps, from the job's own downwards, to say which would fit.
 LENGTH_STEP, SHORTEST = 64, 256
+#: More than anybody allows.
+MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Wishes:
     max_gpus: int = 8
     micro_batch_size: int | None = None
     headroom_percent: int = 15
-    #: Of one GPU of a product for an hour; products that are not named are not compared by it.
+    #: Of one GPU of a product for an hour; where there are any, products that are not named come last.
     prices: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -139,7 +141,7 @@ def choose(
     name. By what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler
     queues.
     """
-    search = _Search(shape, recipes, wishes)
+    search, flavours = _Search(shape, recipes, wishes), _with_all_nodes(flavours)
     options = _best_of_each_product(search, flavours)
     able = {option.flavour.product for option in options}
     lacking = {f.product: f for f in sorted(flavours, key=search.capacity) if f.product not in able}
@@ -154,7 +156,24 @@ def choose(
 def alternatives(shape: ModelShape, recipes: Recipes, flavours: Sequence[Flavour], *, wishes: Wishes) -> list[Placed]:
     """The best choice on each product that has one, the preferred first."""
     search = _Search(shape, recipes, wishes)
-    return [option.placed() for option in _best_of_each_product(search, flavours)]
+    return [option.placed() for option in _best_of_each_product(search, _with_all_nodes(flavours))]
+
+
+def _with_all_nodes(flavours: Sequence[Flavour]) -> list[Flavour]:
+    """Each flavour with the nodes of its product that have at least as much: they can work together."""
+    return [
+        replace(
+            flavour,
+            nodes=sum(
+                other.nodes
+                for other in flavours
+                if (other.product, other.resource) == (flavour.product, flavour.resource)
+                and other.memory_bytes >= flavour.memory_bytes
+                and other.gpus_per_node >= flavour.gpus_per_node
+            ),
+        )
+        for flavour in flavours
+    ]
 
 
 def _best_of_each_product(search: _Search, flavours: Sequence[Flavour]) -> list[_Option]:
@@ -242,7 +261,7 @@ class _Search:
                     continue
                 size = next(size for size in sizes if self._fits(recipe, size, layout.gpus, flavour))
                 few = wishes.micro_batch_size is None and size < sizes[0]
-                price = wishes.prices.get(flavour.product, 0.0)
+                price = wishes.prices.get(flavour.product, float("inf")) if wishes.prices else 0.0
                 memory = self.memory(recipe, size, layout.gpus)
                 return _Option(flavour, layout, rank, recipe, size, few, memory, price)
         return None
@@ -259,9 +278,8 @@ class _Search:
             return self._no_layout(flavour)
         tried = [(layout, recipe) for layout in possible for recipe in self._recipes(layout.gpus)]
         if not tried:
-            return (
-                f"the optimizer cannot step weights that {possible[-1].gpus} GPUs share: leave training.optimizer out"
-            )
+            several = f"weights that {possible[-1].gpus} GPUs share"
+            return f"the optimizer cannot step {several}: leave training.optimizer out, or set hardware.gpus to 1"
         shared = [pair for pair in tried if micro_batches(pair[1], wishes.micro_batch_size, pair[0].gpus)]
         if not shared:
             effective = tried[0][1].effective_batch_size
@@ -283,12 +301,15 @@ class _Search:
 
     def _no_layout(self, flavour: Flavour) -> str:
         wishes = self._wishes
-        has = f"{flavour.nodes} node{'s' * (flavour.nodes > 1)} of {flavour.gpus_per_node}"
+        gpus = f"GPU{'s' * (flavour.gpus_per_node > 1)}"
+        has = f"has {flavour.nodes} node{'s' * (flavour.nodes > 1)} of {flavour.gpus_per_node} {gpus}"
         if flavour.partition and (wishes.gpus or 1) * (wishes.nodes or 1) > 1:
             return "slices of a GPU cannot work together"
         asked = [f"hardware.gpus {wishes.gpus}"] if wishes.gpus else []
         asked += [f"hardware.nodes {wishes.nodes}"] if wishes.nodes else []
-        return f"has {has} GPU{'s' * (flavour.gpus_per_node > 1)}, too few for {' and '.join(asked) or 'any'}"
+        if layouts(flavour, replace(wishes, max_gpus=MANY)):
+            return f"{has}, and hardware.maxGPUs {wishes.max_gpus} allows too few for {' and '.join(asked)}"
+        return f"{has}, too few for {' and '.join(asked) or 'any'}"
 
     def _cures(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int) -> Iterable[str]:
         """Changes that a user can make, each tried alone."""
@@ -306,16 +327,17 @@ class _Search:
             if self._fits(self._with(recipe, "offload", offload), size, layout.gpus, flavour):
                 yield f"with training.offload {offload}"
                 break
-        unlimited = Wishes(max_gpus=1024, headroom_percent=wishes.headroom_percent)
-        for more in layouts(flavour, unlimited):
+        for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):
             if more.gpus <= layout.gpus:
                 continue
             if any(
                 self._fits(other, sizes[-1], more.gpus, flavour)
                 for other in self._recipes(more.gpus)[-1:]
-                if (sizes := micro_batches(other, None, more.gpus))
+                if (sizes := micro_batches(other, wishes.micro_batch_size, more.gpus))
             ):
-                yield f"on {more} (hardware.{'gpus' if wishes.gpus else 'maxGPUs'})"
+                fields = ["hardware.gpus"] if wishes.gpus else []
+                fields += ["hardware.maxGPUs"] if more.gpus > wishes.max_gpus else []
+                yield f"on {more} ({', '.join(fields)})"
                 return
 
     def _longest(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int) -> int | None:
@@ -355,5 +377,7 @@ def _why_rather(best: _Option, other: _Option) -> str:
     if _as_sold(other.flavour) > _as_sold(best.flavour):
         return f"would do; {on}is smaller and fits"
     if other.price * other.layout.gpus > best.price * best.layout.gpus:
-        return f"would do; {on}costs less"
+        return (
+            f"would do; {on}costs less" if other.price < float("inf") else f"would do; {on}has a price, this has none"
+        )
     return f"would do as well; {on}comes first by name"

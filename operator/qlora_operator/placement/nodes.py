@@ -128,13 +128,14 @@ def read(node: Raw, before: Node | None = None) -> Node:
 
 @lru_cache(maxsize=4096)  # nodes of a kind say the same, and say it with each heartbeat
 def amount(text: str) -> int:
-    """How much of something a node can allocate, in all the ways that nodes write it."""
-    if text.endswith("m"):  # thousandths: seen where a kubelet's reservation is a percentage
-        return int(text[:-1]) // 1000
+    """How much of something a node can allocate, in all the ways that nodes write it; 0 where that cannot be read: one
+    odd node is no reason to plan nothing."""
     try:
-        return int(float(text))
+        if text.endswith("m"):  # thousandths: seen where a kubelet's reservation is a percentage
+            return int(float(text[:-1])) // 1000
+        return int(float(text)) if text[-1:].isdigit() else quantity_bytes(text)
     except ValueError:
-        return quantity_bytes(text)
+        return 0
 
 
 def _access(node: Raw, labels: Labels) -> Access:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.v1alpha1 import JobStatus, Phase, Progress, Usage, WorkVolume
+from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, Usage, WorkVolume
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Seen, Stopping
 from qlora_operator.lifecycle.pending import Wait
 from qlora_operator.lifecycle.policies import POLICIES, call_refused, is_to_be_planned, next_step, template_of
@@ -167,14 +167,19 @@ CASES = [
          says="3 Insufficient nvidia.com/gpu; the cluster has 1 node with 1 × NVIDIA-L40S or more, none of them"),
     Case("and is told what else would do", job(None, INSPECT), [], "Scheduling", "InsufficientGPUs",
          nodes=[*NODES, *SMALL], attempts={"train-1": UNSCHEDULED},
-         says="suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A2] (qlora, 1 GPU), and resume"),
+         says="suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A2] (lora, 1 GPU), and resume"),
     Case("the nodes that it was planned for are gone", job(None, INSPECT), [], "Scheduling", "InsufficientGPUs",
          nodes=SMALL, attempts={"train-1": UNSCHEDULED}, says="has no node with 1 × NVIDIA-L40S that it may use"),
+    Case("our own claim, made when the plan was for one node", on_two_nodes(job(None, INSPECT)), [], "Scheduling",
+         "VolumeUnavailable", after=30, says="spec.hardware.nodes: the training is planned on 2 nodes"),
+    Case("an edit of hardware that contradicts the rest ends nothing: it can be taken back",
+         planned_otherwise(job({"suspend": True, "hardware": {"gpus": 3}}, INSPECT)), [], "Planning",
+         "BatchNotDivisible", nodes=NODES, conditions={"Planned": "False", "Failed": ""}, says="a multiple of 3"),
     Case("Kueue has not admitted it", job({"queue": {"name": "gpus"}}, INSPECT), [], "Scheduling", "Queued",
          attempts={"train-1": QUEUED}, conditions={"Scheduled": "False"}, says="the queue gpus has not admitted it"),
     Case("a claim of the user's for several nodes, and not shared",
          on_two_nodes(job({"storage.claimName": "scratch"}, INSPECT)), [], "Scheduling", "VolumeUnavailable", after=30,
-         conditions={"Scheduled": "False"}, says="name one with the access mode ReadWriteMany"),
+         conditions={"Scheduled": "False"}, says="it lacks the access mode ReadWriteMany"),
     Case("it runs", job(None, INSPECT), [], "Training", "Running", attempts={"train-1": RUNNING},
          conditions={"Scheduled": "True", "Trained": "Unknown"}),
     Case("its Job was deleted by someone: started again under its name", job(None, INSPECT), [Start(TRAIN, 1)],
@@ -454,7 +459,9 @@ def test_a_live_attempt_is_listed_with_its_node_and_replaced_by_its_end() -> Non
     ("of", "kept"),
     [
         pytest.param(job(EDITED, INSPECT, volume=False), False, id="nothing begun: the best method for the new GPUs"),
-        pytest.param(job(EDITED, INSPECT), True, id="on its volume already"),
+        pytest.param(job(EDITED, INSPECT), False, id="on its volume, and not at work yet"),
+        pytest.param(job(EDITED, INSPECT, usage=Usage(gpu_seconds=7)), True, id="a run that was stopped"),
+        pytest.param(job(EDITED, INSPECT, progress=Progress(step=3)), True, id="steps were reported"),
         pytest.param(job(EDITED, INSPECT, before=CRASHED_ONCE, volume=False), True, id="an attempt has run"),
     ],
 )
@@ -471,6 +478,19 @@ def test_a_new_plan_keeps_the_recipe_once_training_has_begun(of: Job, kept: bool
     assert new.flavour == "NVIDIA-A2"
     assert (new.recipe == other.recipe) == kept
     assert (new.recipe.method == "lora") != kept
+
+
+def test_a_plan_that_an_earlier_version_stored_still_finds_its_gpus() -> None:
+    """It said neither what a pod asks for nor by which labels: no node would match an empty term."""
+    stored = given.plan(job()).to_api()
+    for name in ("resource", "labels", "memoryLabel"):
+        del stored[name]
+    read = Plan.model_validate(stored, by_alias=True, by_name=False)
+    assert (read.resource, read.memory_label) == ("nvidia.com/gpu", "nvidia.com/gpu.memory")
+    assert read.labels == {"nvidia.com/gpu.product": "NVIDIA-L40S"}
+    assert (
+        Plan.model_validate(given.plan(job({"hardware.accelerator": "cpu"})).to_api(), by_alias=True).resource is None
+    )
 
 
 def test_a_plan_once_made_is_not_made_again_in_the_next_pass() -> None:
