@@ -79,7 +79,12 @@ class Infeasible:
     def message(self) -> str:
         if not self.rejected:
             return "the cluster has no node with GPUs"
-        return "; ".join(f"{r.product}: {r.reason}" for r in self.rejected)
+        named = [f"{r.product}: {r.reason}" for r in self.rejected if not r.by_its_own_wish]
+        unwanted: dict[str, list[str]] = {}  # last, and each reason once: what the job excludes, its user knows
+        for refused in self.rejected:
+            if refused.by_its_own_wish:
+                unwanted.setdefault(refused.reason, []).append(refused.product)
+        return "; ".join([*named, *(f"{', '.join(products)}: {reason}" for reason, products in unwanted.items())])
 
 
 #: From a count of GPUs to the recipes for it, in order of preference; empty where there is none.

@@ -48,6 +48,8 @@ class Refused:
 
     product: str
     reason: str
+    #: The job itself asks for others.
+    by_its_own_wish: bool = False
 
 
 @dataclass(frozen=True)

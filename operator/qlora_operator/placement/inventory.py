@@ -10,9 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_operator.placement.flavours import AMD, Demands, Flavour, Offers, Refused
-from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Node, read
+from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Node, Unusable, read
 
 Raw = Mapping[str, Any]
+
+#: Of a product that a job names.
+NOWHERE = "no node of the cluster has it"
 
 
 class _Group:
@@ -104,24 +107,30 @@ class Inventory:
         """What a job with `demands` may use, and what it may not.
 
         A product is refused only if none of its nodes will do; the reason is then the one of its first node by name.
+        A product that the job names and no node has is refused, too.
         """
         usable: dict[Flavour, int] = {}
         refused: dict[str, tuple[str, str]] = {}
+        unwanted: dict[str, str] = {}
         for group in self._groups.values():
             if group.gpus is None:
                 continue
-            judged = _unfit(group, demands) or self._open(group, demands)
+            if said := _not_asked_for(group.gpus, demands):
+                unwanted[group.gpus.product] = said
+                continue
+            judged = _unusable(group) or self._open(group, demands)
             if isinstance(judged, str):
-                said = (group.first, judged)
-                refused[group.gpus.product] = min(refused.get(group.gpus.product, said), said)
+                found = (group.first, judged)
+                refused[group.gpus.product] = min(refused.get(group.gpus.product, found), found)
             elif isinstance(group.gpus, Flavour):
                 usable[group.gpus] = usable.get(group.gpus, 0) + judged
         flavours = sorted((replace(flavour, nodes=nodes) for flavour, nodes in usable.items()), key=_order)
         offered = {flavour.product for flavour in flavours}
-        return Offers(
-            tuple(flavours),
-            tuple(Refused(name, refused[name][1]) for name in sorted(refused.keys() - offered)),
-        )
+        for product in set(demands.products) - offered - refused.keys() - unwanted.keys():
+            refused[product] = ("", NOWHERE)
+        reasons = {name: Refused(name, reason, by_its_own_wish=True) for name, reason in unwanted.items()}
+        reasons |= {name: Refused(name, reason) for name, (_, reason) in refused.items()}
+        return Offers(tuple(flavours), tuple(reasons[name] for name in sorted(reasons.keys() - offered)))
 
     def largest_memory_bytes(self, demands: Demands) -> int:
         """Allocatable memory of the largest node that is open to the job; 0 where none is."""
@@ -153,17 +162,19 @@ def _selected(group: _Group, demands: Demands) -> Collection[Node]:
     return nodes
 
 
-def _unfit(group: _Group, demands: Demands) -> str | None:
-    """Why the job cannot use these GPUs, wherever they are, or None."""
-    gpus = group.gpus
-    if gpus is None:
-        return None
+def _not_asked_for(gpus: Gpus, demands: Demands) -> str | None:
+    """By what the job asks for others than these GPUs, or None."""
     if gpus.accelerator != demands.accelerator:
         whose = "AMD's" if gpus.accelerator == AMD else "NVIDIA's"
         return f"spec.hardware.accelerator is {demands.accelerator}, and it is {whose}"
     if demands.products and gpus.product not in demands.products and gpus.product != UNLABELLED:
         return "not among spec.hardware.gpuProducts"
-    return None if isinstance(gpus, Flavour) else gpus.reason.replace("{node}", group.first)
+    return None
+
+
+def _unusable(group: _Group) -> str | None:
+    """Why no job can use these GPUs, or None."""
+    return group.gpus.reason.replace("{node}", group.first) if isinstance(group.gpus, Unusable) else None
 
 
 def _order(flavour: Flavour) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from qlora_operator.placement.inventory import Inventory
 from qlora_operator.planner import Installation, Unfit
 from qlora_operator.sizing.catalogue import shape_of_model
 from tests.unit.operator import given
-from tests.unit.operator.given import A100_40, A100_80, H100, L40S, gpu_node
+from tests.unit.operator.given import A10, A100_40, A100_80, H100, L40S, gpu_node
 
 Raw = dict[str, Any]
 
@@ -265,6 +265,22 @@ def test_amd_gpus_are_sized_and_placed_and_refused_without_an_image() -> None:
     )
     own: Raw = edits | {"podTemplate.image": "registry.example.com/rocm:1"}
     assert isinstance(made("llama-3.1-70b", 4096, own, [node], installation=Installation(amd_image=False)), Plan)
+
+
+def test_what_the_job_excludes_itself_is_said_last_and_each_reason_once() -> None:
+    instinct = gpu_node("mi", "any", 0)
+    instinct["metadata"]["labels"] = {"amd.com/gpu.product-name": "Instinct_MI210", "amd.com/gpu.vram": "64G"}
+    instinct["status"]["allocatable"] = {"amd.com/gpu": "1"}
+    cluster = [*nodes(A10, 1, 1), *nodes(L40S, 1, 1), *nodes(H100, 1, 1), instinct]
+    refusal = made("llama-3.1-70b", 2048, {"hardware.gpuProducts": ["Gaudi-3", A10[0]]}, cluster)
+    assert isinstance(refusal, Unfit)
+    first, second, *rest = refusal.message.removeprefix("no GPU can take this training: ").split("; ")
+    assert first == "Gaudi-3: no node of the cluster has it"
+    assert second.startswith(f"{A10[0]}: 22.")
+    assert "; ".join(rest[-2:]).partition(". ")[0] == (
+        "Instinct_MI210: spec.hardware.accelerator is nvidia, and it is AMD's; "
+        f"{H100[0]}, {L40S[0]}: not among spec.hardware.gpuProducts"
+    )
 
 
 # --- waiting ---

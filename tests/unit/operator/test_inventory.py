@@ -449,6 +449,7 @@ def test_products_are_matched_and_the_others_refused() -> None:
     said = refusals(*nodes, demands=demands)
     assert said[A10[0]] == "not among spec.hardware.gpuProducts"
     assert said["unlabelled GPU"].endswith("run NVIDIA's GPU feature discovery"), "it might be what is asked for"
+    assert refusals(nodes[0], demands=demands)[L40S[0]] == "no node of the cluster has it"
 
 
 def test_a_node_selector_counts_the_nodes_that_have_the_labels() -> None:
@@ -669,4 +670,4 @@ def test_offers_are_of_nodes_that_the_job_may_use(nodes: list[Raw], demands: Dem
     lone = [refusal.product for one in nodes for refusal in offers(one, demands=demands).refused]
     single = [flavour.product for one in nodes for flavour in offers(one, demands=demands).flavours]
     assert {*offered} == {*single}
-    assert {*refused} == {*lone} - {*single}
+    assert {*refused} == {*lone, *demands.products} - {*single}, "what is named is offered, or refused"
