@@ -21,7 +21,7 @@ from qlora_operator.placement.choice import (
     with_headroom,
 )
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
-from qlora_operator.placement.inventory import Inventory
+from qlora_operator.placement.inventory import NOWHERE, Inventory
 from qlora_operator.sizing.host import disk, host_memory
 from qlora_operator.sizing.memory import GIB, Item, training_memory
 from qlora_operator.sizing.training import adapted_by_default, attention_by_default
@@ -197,7 +197,8 @@ def advice(
     elif nodes:
         there = f"the cluster has {nodes} node{'s' * (nodes > 1)} with {such} or more, none of them free for it"
     else:
-        why = next((f": {r.reason}" for r in own.refused if r.product == plan_.flavour), "")
+        mine = (r.reason for r in own.refused if r.product == plan_.flavour and r.reason != NOWHERE)
+        why = next((f": {reason}" for reason in mine), "")
         there = f"the cluster has no node with {such} that it may use{why}"
     offered = inventory.offers(_demands(_with_products(spec, ()), installation)).flavours
     others = [flavour for flavour in offered if flavour.product != plan_.flavour]

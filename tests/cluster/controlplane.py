@@ -114,6 +114,10 @@ def servers(binaries: Path) -> list[Server]:
         "--leader-elect=false",
         "--secure-port=0",
         "--use-service-account-credentials=true",
+        # fake nodes by the thousand: each loses a taint once it is Ready, and says rarely that it lives (kwok.py)
+        "--kube-api-qps=200",
+        "--kube-api-burst=400",
+        "--node-monitor-grace-period=120s",
         f"--service-account-private-key-file={PKI}/sa.key",
         f"--root-ca-file={PKI}/ca.crt",
         f"--flex-volume-plugin-dir={settings.STATE}/volume-plugins",  # else it makes one under /usr/libexec

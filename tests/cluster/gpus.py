@@ -34,6 +34,9 @@ H100 = Product("NVIDIA-H100-80GB-HBM3", 81559, "hopper", (9, 0))
 H200 = Product("NVIDIA-H200", 143771, "hopper", (9, 0))
 RTX_4090 = Product("NVIDIA-GeForce-RTX-4090", 24564, "ada-lovelace", (8, 9))
 V100 = Product("Tesla-V100-SXM2-32GB", 32768, "volta", (7, 0))
+A10 = Product("NVIDIA-A10", 23028, "ampere", (8, 6))
+B200 = Product("NVIDIA-B200", 183359, "blackwell", (10, 0))
+GB200 = Product("NVIDIA-GB200", 189471, "blackwell", (10, 0))
 
 
 def labels(product: Product, count: int) -> dict[str, str]:
@@ -70,6 +73,11 @@ class Slice:
 #: Of an H100 of 80 GB.
 HALF = Slice("3g.40gb", 40448, 2)
 SEVENTH = Slice("1g.10gb", 9728, 7)
+
+
+def whole(product: Product, count: int) -> Described:
+    """GPUs as they come: each for one pod."""
+    return labels(product, count), {RESOURCE: str(count)}
 
 
 def mig_single(product: Product, cut: Slice) -> Described:

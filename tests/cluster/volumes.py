@@ -87,6 +87,39 @@ def create(cluster: Cluster, offer: Offer) -> str:
     return name
 
 
+def everywhere(cluster: Cluster, claim: str, namespace: str, size: str = "100Gi") -> Path:
+    """Make the claim `claim` of a volume that pods on every node can mount, to be read, and return its directory.
+
+    Real pods find there what is written to the directory; the keeper removes it once the namespace is gone.
+    """
+    name = f"{namespace}-{claim}"
+    place = settings.VOLUMES / name
+    place.mkdir(parents=True, mode=0o755)
+    spec = {"accessModes": ["ReadOnlyMany", "ReadWriteMany"], "storageClassName": CLASS}
+    any_node = {"matchExpressions": [{"key": "kubernetes.io/os", "operator": "Exists"}]}
+    cluster.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": name, "labels": {KEPT: "everywhere"}},
+            "spec": spec
+            | {
+                "capacity": {"storage": size},
+                "persistentVolumeReclaimPolicy": "Retain",
+                "claimRef": {"name": claim, "namespace": namespace},
+                "local": {"path": str(place)},
+                "nodeAffinity": {"required": {"nodeSelectorTerms": [any_node]}},
+            },
+        },
+    )
+    wanted = spec | {"volumeName": name, "resources": {"requests": {"storage": size}}}
+    cluster.apply(
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": claim}, "spec": wanted},
+        namespace=namespace,
+    )
+    return place
+
+
 def volumes(cluster: Cluster) -> list[Manifest]:
     """All that the keeper looks after, whatever their phase."""
     return cluster.list("persistentvolumes", selector=KEPT)

@@ -20,12 +20,22 @@ def kill(pod: Manifest, program: str) -> None:
 
     Waits for the process, which may just be starting again.
     """
+    os.kill(_process_of(pod, program), signal.SIGKILL)
+
+
+def memory_bytes(pod: Manifest, program: str) -> int:
+    """Resident memory of the process of `pod` whose command line names `program`."""
+    status = Path(f"/proc/{_process_of(pod, program)}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+def _process_of(pod: Manifest, program: str) -> int:
+    """Its number on this machine."""
     uid, deadline = pod["metadata"]["uid"], time.monotonic() + 60
     while time.monotonic() < deadline:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and _is_of(entry, uid, program):
-                os.kill(int(entry.name), signal.SIGKILL)
-                return
+                return int(entry.name)
         time.sleep(0.2)
     raise AssertionError(f"pod {pod['metadata']['name']} has no process {program}")
 

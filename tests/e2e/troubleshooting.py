@@ -46,8 +46,13 @@ class Trouble:
 
     def is_said_in(self, message: str) -> bool:
         """Whether `message` is the one that the page promises."""
-        parts = (re.escape(part) for part in self.says.split(ANY))
-        return re.search(".*?".join(parts), message, re.DOTALL) is not None
+        return is_said(self.says, message)
+
+
+def is_said(text: str, message: str) -> bool:
+    """Whether `text` is part of `message`, where `ANY` stands for any text."""
+    parts = (re.escape(part) for part in text.split(ANY))
+    return re.search(".*?".join(parts), message, re.DOTALL) is not None
 
 
 def train_on(uri: str, *, max_length: int = 256) -> dict[str, Any]:
