@@ -300,8 +300,8 @@ def test_a_training_that_waits_is_told_what_else_would_do() -> None:
     )
     gone = planner.advice(spec, found, plan, Inventory.of(nodes(A100_40, 1, 1)), Installation())
     assert gone == (
-        "the cluster has no node with 1 × NVIDIA-H100-80GB-HBM3 that it may use: no node of the cluster has it; no "
-        "other GPU here can take the training, see status.plan.rejected"
+        "the cluster has no node with 1 × NVIDIA-H100-80GB-HBM3 that it may use; no other GPU here can take the "
+        "training, see status.plan.rejected"
     )
 
 
