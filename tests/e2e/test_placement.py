@@ -382,12 +382,12 @@ def test_a_job_that_waits_for_busy_gpus_is_told_what_to_do_and_that_helps(placem
         "train waits: not scheduled: 0/… nodes are available: … Insufficient nvidia.com/gpu", said["message"]
     )
     advised = re.search(
-        r"there are 2 nodes with 8 × NVIDIA-B200 or more, in use; not to wait: suspend the job, set "
-        r"spec\.hardware\.gpuProducts to (\[.*\]) \(.*\), and resume",
+        r"the cluster has 2 nodes with 8 × NVIDIA-B200 or more, none of them free for it; not to wait: suspend the "
+        r"job, set spec\.hardware\.gpuProducts to (.*), and resume",
         said["message"],
     )
     assert advised, said["message"]
-    assert f"[{gpus.A100_40GB.name}] (lora on 8)" in advised[0]
+    assert f"[{gpus.A100_40GB.name}] (lora, 8 GPUs)" in advised[1]
     assert waiting["status"]["message"] == said["message"]
     assert judge([waiting])[0].status == "InProgress"
 
