@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_api.exchange import Inspection, LinearModule, ModelShape, Recipe, Score, TokenCounts
+from qlora_api.exchange import ExpertWeights, Inspection, LinearModule, ModelShape, Recipe, Score, TokenCounts
 from qlora_api.schema import crd
 from qlora_api.v1alpha1 import (
     PLURAL,
@@ -123,7 +123,7 @@ def test_names_for_hands(cluster: Cluster, definition: Manifest):
         ("spec.lora.rank", "Rank of the adapter's matrices. Default: 16. Range: 1 to 512."),
         ("spec.dataset.maxLength", "Absent: covers 99.5 % of the examples"),
         ("spec.output.formats", "adapter (a PEFT directory)"),
-        ("status.plan.memory.items.bytes", "Predicted bytes on one GPU."),
+        ("status.plan.memory.items.bytes", "Predicted bytes: of a GPU's memory on one GPU."),
     ],
 )
 def test_explain(cluster: Cluster, definition: Manifest, field: str, says: str):
@@ -326,6 +326,10 @@ STATUS = JobStatus(
             dtype="bfloat16",
             bytes_on_disk=16_060_522_496,
             linear=[LinearModule(name="q_proj", in_features=4096, out_features=4096, count=32)],
+            family="mixtral",
+            sliding_window=4096,
+            experts=[ExpertWeights(name="down_proj", experts=8, in_features=14336, out_features=4096, count=32)],
+            experts_per_token=2,
         ),
         examples=1000,
         eval_examples=50,
@@ -362,21 +366,29 @@ STATUS = JobStatus(
         ),
         accelerator="nvidia",
         flavour="NVIDIA-L40S",
+        resource="nvidia.com/gpu",
+        labels={"nvidia.com/gpu.product": "NVIDIA-L40S"},
+        memory_label="nvidia.com/gpu.memory",
         gpus=1,
         gpus_per_node=1,
         nodes=1,
         micro_batch_size=8,
         gradient_accumulation=4,
         steps=310,
+        estimated_seconds=4000,
+        estimated_gpu_hours=1.11,
         memory=MemoryPlan(
             items=(MemoryItem(name="weights", bytes=5_000_000_000),),
             total_bytes=5_000_000_000,
             gpu_bytes=48_000_000_000,
             headroom_percent=15,
             measured_bytes=5_100_000_000,
+            notes=("4 bits do not reach the experts",),
         ),
         host_memory_bytes=16_000_000_000,
+        host_memory_items=(MemoryItem(name="loading", bytes=16_000_000_000),),
         disk_bytes=50_000_000_000,
+        disk_items=(MemoryItem(name="checkpoints", bytes=50_000_000_000),),
         rejected=(Rejected(flavour="NVIDIA-L4", reason="needs 30 GiB of 24"),),
         planned_for="sha256:3",
     ),
