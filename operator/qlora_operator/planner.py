@@ -21,7 +21,7 @@ from qlora_operator.placement.choice import (
     with_headroom,
 )
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
-from qlora_operator.placement.inventory import NOWHERE, Inventory
+from qlora_operator.placement.inventory import Inventory
 from qlora_operator.sizing.host import disk, host_memory
 from qlora_operator.sizing.memory import GIB, Item, training_memory
 from qlora_operator.sizing.training import adapted_by_default, attention_by_default
@@ -76,7 +76,8 @@ def plan(
     if spec.lora.init == "loftq" and (refusal := _loftq_too_large(inspection, inventory.largest_memory_bytes(demands))):
         return refusal
     offers = inventory.offers(demands)
-    able, refused = _able(spec, offers.flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
+    bound = _is_bound(spec, keep)
+    able, refused = _able(spec, offers.flavours, found, bound=bound)
     choice = choose(
         inspection.shape,
         _for_gpus(found, spec, keep),
@@ -86,7 +87,7 @@ def plan(
     )
     if isinstance(choice, Infeasible):
         return Unfit("NoFlavourFits", f"no GPU can take this training: {choice.message}. {_CURE}")
-    made = _as_plan(spec, inspection, _in_the_card_s_type(choice, bound=_is_bound(spec, keep)))
+    made = _as_plan(spec, inspection, _in_the_card_s_type(choice, bound=bound))
     if spec.hardware.accelerator == "amd" and not (installation.amd_image or spec.pod_template.image):
         where = f"{made.gpus} × {made.flavour}"
         return Unfit(
@@ -187,9 +188,11 @@ def advice(
 ) -> str:
     """What a user can do about a training that waits for the GPUs of `plan_`: how many there are, and which others
     would do if spec.hardware named them."""
-    own = inventory.offers(_demands(_with_products(spec, (plan_.flavour,)), installation))
+    anything = spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"gpu_products": None})})
+    offers = inventory.offers(_demands(anything, installation))
+    own = (flavour for flavour in offers.flavours if flavour.product == plan_.flavour)
     need = with_headroom(plan_.memory.total_bytes, plan_.memory.headroom_percent)
-    enough = (f for f in own.flavours if f.gpus_per_node >= plan_.gpus_per_node and f.memory_bytes >= need)
+    enough = (f for f in own if f.gpus_per_node >= plan_.gpus_per_node and f.memory_bytes >= need)
     nodes = sum(flavour.nodes for flavour in enough)
     such = f"{plan_.gpus_per_node} × {plan_.flavour}"
     if 0 < nodes < plan_.nodes:
@@ -197,11 +200,9 @@ def advice(
     elif nodes:
         there = f"the cluster has {nodes} node{'s' * (nodes > 1)} with {such} or more, none of them free for it"
     else:
-        mine = (r.reason for r in own.refused if r.product == plan_.flavour and r.reason != NOWHERE)
-        why = next((f": {reason}" for reason in mine), "")
+        why = next((f": {refused.reason}" for refused in offers.refused if refused.product == plan_.flavour), "")
         there = f"the cluster has no node with {such} that it may use{why}"
-    offered = inventory.offers(_demands(_with_products(spec, ()), installation)).flavours
-    others = [flavour for flavour in offered if flavour.product != plan_.flavour]
+    others = [flavour for flavour in offers.flavours if flavour.product != plan_.flavour]
     found = _found(spec, inspection, keep)
     possible = [] if isinstance(found, Unfit) else _alternatives(spec, inspection, found, others, installation, keep)
     if not possible:
@@ -231,13 +232,9 @@ def _alternatives(
     installation: Installation,
     keep: Recipe | None,
 ) -> list[Placed]:
-    able, _ = _able(spec, flavours, found[0].compute_dtype if _is_bound(spec, keep) else None)
+    able, _ = _able(spec, flavours, found, bound=_is_bound(spec, keep))
     asked = wishes(spec, installation.prices)
     return alternatives(inspection.shape, _for_gpus(found, spec, keep), able, wishes=asked)
-
-
-def _with_products(spec: JobSpec, products: tuple[str, ...]) -> JobSpec:
-    return spec.model_copy(update={"hardware": spec.hardware.model_copy(update={"gpu_products": products})})
 
 
 def _demands(spec: JobSpec, installation: Installation) -> Demands:
@@ -256,9 +253,11 @@ def _is_bound(spec: JobSpec, keep: Recipe | None) -> bool:
     return keep is not None or spec.quantization.compute_dtype is not None
 
 
-def _able(spec: JobSpec, flavours: Sequence[Flavour], bound: str | None) -> tuple[list[Flavour], list[Refused]]:
-    """The flavours that the job's compute type and allocation allow, and the others with the reason."""
-    able, refused = _with_compute_type(flavours, bound)
+def _able(
+    spec: JobSpec, flavours: Sequence[Flavour], found: Sequence[Recipe], *, bound: bool
+) -> tuple[list[Flavour], list[Refused]]:
+    """The flavours that the job's compute type (where it is `bound`) and allocation allow, and why not the others."""
+    able, refused = _with_compute_type(flavours, found[0].compute_dtype if bound else None)
     if spec.hardware.allocation != "dra":
         return able, refused
     slices = {flavour.product for flavour in able if flavour.partition}

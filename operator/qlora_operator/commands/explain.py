@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from qlora_api.v1alpha1 import GROUP, PLURAL, Condition, Phase, problems
+from qlora_api.v1alpha1 import GROUP, PLURAL, Condition, Phase
 from qlora_api.v1alpha1.fields import Document
 from qlora_operator.commands import kubectl, watch
 from qlora_operator.commands.documents import as_text
@@ -97,10 +97,7 @@ def read(document: dict[str, Any]) -> Job:
     try:
         return Job.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise BadInput(
-            f"this version of kubectl-qlora cannot read the job ({'; '.join(problems(error))}): "
-            "install the version of the operator"
-        ) from error
+        raise BadInput(watch.unreadable(error)) from error
 
 
 def unmet(job: Job) -> list[Condition]:

@@ -186,10 +186,13 @@ def read(document: dict[str, Any]) -> Job:
     try:
         return Job.model_validate(document, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise Lost(
-            f"this version of kubectl-qlora cannot read the job ({'; '.join(problems(error))}): "
-            "install the version of the operator"
-        ) from error
+        raise Lost(unreadable(error)) from error
+
+
+def unreadable(error: ValidationError) -> str:
+    """What to do about a job that another version has written."""
+    why = "; ".join(problems(error))
+    return f"this version of kubectl-qlora cannot read the job ({why}): install the version of the operator"
 
 
 # --- how it is shown ---

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_api.v1alpha1 import Plan
-from qlora_operator.lifecycle.observed import Job
+from qlora_operator.lifecycle.observed import INDEX, Job
 from qlora_operator.lifecycle.tasks import TRAIN, Task
 from qlora_operator.manifests.names import JOB_LABEL, STAGE_LABEL, child_metadata
 
 #: torchrun's own choice.
 PORT = 29500
-INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+RANK = f"metadata.annotations['{INDEX}']"
 
 
 def meeting_point(job: Job, task: Task, name: str) -> dict[str, Any] | None:
@@ -48,5 +48,5 @@ def environment(plan: Plan | None, attempt: str) -> list[dict[str, Any]]:
         values |= {"PET_MASTER_ADDR": f"{attempt}-0.{attempt}", "PET_MASTER_PORT": str(PORT)}
     found: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(values.items())]
     if plan.nodes > 1:
-        found.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}})
+        found.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": RANK}}})
     return found

@@ -14,9 +14,6 @@ from qlora_operator.placement.nodes import UNLABELLED, Access, Gpus, Node, Unusa
 
 Raw = Mapping[str, Any]
 
-#: Of a product that a job names.
-NOWHERE = "no node of the cluster has it"
-
 
 class _Group:
     """Nodes with the same GPUs (or, where `gpus` is None, just nodes) that are open to the same pods."""
@@ -127,7 +124,7 @@ class Inventory:
         flavours = sorted((replace(flavour, nodes=nodes) for flavour, nodes in usable.items()), key=_order)
         offered = {flavour.product for flavour in flavours}
         for product in set(demands.products) - offered - refused.keys() - unwanted.keys():
-            refused[product] = ("", NOWHERE)
+            refused[product] = ("", "no node of the cluster has it")
         reasons = {name: Refused(name, reason, by_its_own_wish=True) for name, reason in unwanted.items()}
         reasons |= {name: Refused(name, reason) for name, (_, reason) in refused.items()}
         return Offers(tuple(flavours), tuple(reasons[name] for name in sorted(reasons.keys() - offered)))
