@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_api.exchange import Recipe
+from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import quiet_libraries
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.model import block_linears
 from qlora_trainer.optimization import make_optimizer
 from qlora_trainer.sequences import Batch
-from qlora_trainer.training import with_adapter
 from tests.oracle.kernels import KERNELS, as_on_a_gpu
 from tests.oracle.ledger import Ledger
 from tests.oracle.sharding import STORAGE, like, mesh_of, sharded

@@ -17,6 +17,7 @@ from qlora_operator.sizing.directory import read_directory
 from qlora_operator.sizing.families import FAMILIES
 from qlora_operator.sizing.memory import training_memory
 from qlora_operator.sizing.training import adapted_by_default
+from qlora_trainer.adapter import with_adapter
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.failures import BadInput
 from qlora_trainer.flops import Work
@@ -25,7 +26,7 @@ from qlora_trainer.merge import merge
 from qlora_trainer.model import block_linears, empty_model, open_base
 from qlora_trainer.quantization import load_for_training, quantized_modules
 from qlora_trainer.sequences import Sequence, collate
-from qlora_trainer.training import train, with_adapter
+from qlora_trainer.training import train
 from tests.unit.families import CONFIGS
 
 from .conftest import Place, recipe_of

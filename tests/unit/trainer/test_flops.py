@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_api.peaks import peak_flops
+from qlora_trainer.adapter import with_adapter
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.flops import Work
 from qlora_trainer.model import open_base
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.sequences import NO_LOSS, Sequence, collate
-from qlora_trainer.training import with_adapter
 
 from .conftest import Place, recipe_of
 

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from qlora_trainer import training
+from qlora_trainer import learning
 from qlora_trainer.environment import Pod
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.failures import Diverged, Interrupted
@@ -84,7 +84,7 @@ def test_the_series_are_those_of_the_training(place: Place, metrics: Scraped, ca
     assert by_step[6]["qlora_train_loss"] < by_step[1]["qlora_train_loss"]
     assert f"step 6/6  loss {by_step[6]['qlora_train_loss']:.4f}  " in caplog.text
     assert [by_step[step]["qlora_learning_rate"] for step in (1, 6)] == [
-        pytest.approx(5e-3), pytest.approx(training.learning_rate(5, 6, order.recipe)),
+        pytest.approx(5e-3), pytest.approx(learning.learning_rate(5, 6, order.recipe)),
     ]  # fmt: skip
     tokens = [seen["qlora_tokens_total"] for seen in metrics.history]
     assert tokens == sorted(tokens)
@@ -199,7 +199,7 @@ def test_what_takes_long_shows_that_it_goes_on(place: Place) -> None:
 def test_speed_is_that_of_the_last_minute(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that becomes slow shows within a minute, whatever the mean of the whole run."""
     clock = iter(range(10**6))
-    monkeypatch.setattr(training.time, "monotonic", lambda: 40.0 * next(clock))
+    monkeypatch.setattr(learning.time, "monotonic", lambda: 40.0 * next(clock))
     kept = Kept()
     train(place.train_order(checkpoint_every_seconds=10**9), replace(place.pod, watchers=(kept,)))
     last = {standing.step: standing for standing in kept.seen}

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from qlora_api.exchange import ExitCode, TrainOrder, TrainResult
-from qlora_trainer import training
+from qlora_trainer import learning
+from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import Pod
 from qlora_trainer.evaluation import mean_loss, summed_loss
 from qlora_trainer.failures import BadInput, Diverged, EnvironmentUnfit, Interrupted, describe
@@ -19,7 +20,7 @@ from qlora_trainer.model import open_base
 from qlora_trainer.optimization import learning_rate
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.sequences import Sequence, collate
-from qlora_trainer.training import train, with_adapter
+from qlora_trainer.training import train
 
 from .conftest import Place, chat, recipe_of, write_jsonl
 
@@ -151,7 +152,7 @@ def test_damaged_and_foreign_checkpoints_are_not_used(place: Place, caplog: pyte
 
 def test_checkpoints_are_written_by_the_clock_and_the_oldest_go(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(10**6))
-    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(learning.time, "monotonic", lambda: float(next(now)))
     train(place.train_order(checkpoint_every_seconds=1, checkpoint_keep=2), place.pod)
     assert [path.name for path in sorted(place.work.glob("checkpoints/*/*"))] == ["step-00000005", "step-00000006"]
 

@@ -1,0 +1,53 @@
+"""The adapter: the part of the model that learns, fresh, saved and found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from qlora_api.exchange import Recipe, TrainOrder
+from qlora_trainer.artifacts import whole_directory
+from qlora_trainer.model import BaseModel
+from qlora_trainer.quantization import quantized_modules
+
+#: Beside the adapter: what it was trained on, for the merge and for whoever finds the adapter later.
+TRAINING_NAME = "qlora-training.json"
+
+
+def with_adapter(model: Any, recipe: Recipe, base: BaseModel) -> Any:
+    """The model with a fresh LoRA adapter in fp32; the same seed gives the same adapter."""
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.target_modules),
+        use_rslora=recipe.rslora,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    adapted.peft_config["default"].base_model_name_or_path = base.uri  # PEFT puts the pod's own path there
+    return adapted
+
+
+def save_adapter(model: Any, directory: Path, order: TrainOrder) -> None:
+    """Write a PEFT directory, and beside it what the adapter was trained on."""
+    with whole_directory(directory) as partial:
+        model.save_pretrained(partial, save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form that nobody has filled in
+        config_path = partial / "adapter_config.json"
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        trained_on = {
+            "model": order.model_uri,
+            "modelDigest": order.model_digest,
+            "dataDigest": order.data_digest,
+            "recipe": order.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "quantizedModules": quantized_modules(model.get_base_model()),
+        }
+        (partial / TRAINING_NAME).write_text(json.dumps(trained_on, indent=2, sort_keys=True) + "\n", encoding="utf-8")
