@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from qlora_trainer import learning
+from qlora_trainer import learning, training
 from qlora_trainer.environment import Pod
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.failures import Diverged, Interrupted
@@ -120,7 +120,7 @@ def test_a_failure_leaves_the_last_figures_readable(
     def lost(model: Any, batch: Any, device: Any) -> Any:
         return summed_loss(model, batch, device) * (float("nan") if next(calls) >= 4 else 1)
 
-    monkeypatch.setattr(training, "summed_loss", lost)
+    monkeypatch.setattr(learning, "summed_loss", lost)
     with pytest.raises(Diverged):
         train(place.train_order(), replace(place.pod, watchers=(metrics,)))
     assert metrics.read()["qlora_train_step"] == 4

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from qlora_api.exchange import ExitCode, TrainOrder, TrainResult
-from qlora_trainer import learning
+from qlora_trainer import learning, training
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import Pod
 from qlora_trainer.evaluation import mean_loss, summed_loss
@@ -184,7 +184,7 @@ def test_an_evaluation_leaves_the_gradients_alone(place: Place) -> None:
 def test_what_is_not_a_number_ends_the_training(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     order = place.train_order()
     monkeypatch.setattr(
-        training, "summed_loss", lambda model, batch, device: summed_loss(model, batch, device) * float("nan")
+        learning, "summed_loss", lambda model, batch, device: summed_loss(model, batch, device) * float("nan")
     )
     with pytest.raises(Diverged, match=r"3 steps in a row, up to step 3: lower training\.learningRate") as raised:
         train(order, place.pod)
@@ -198,7 +198,7 @@ def test_one_step_that_is_not_finite_is_left_out(place: Place, monkeypatch: pyte
         return summed_loss(model, batch, device) * (float("inf") if next(calls) == 3 else 1)
 
     order = place.train_order()
-    monkeypatch.setattr(training, "summed_loss", once_infinite)
+    monkeypatch.setattr(learning, "summed_loss", once_infinite)
     result = train(order, place.pod)
     assert result.steps == 6
     assert result.train_loss < losses(place)[0]
@@ -214,7 +214,7 @@ def test_out_of_memory_keeps_what_was_learned(place: Place, monkeypatch: pytest.
 
     order = place.train_order()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "summed_loss", too_large)
+        patch.setattr(learning, "summed_loss", too_large)
         with pytest.raises(torch.OutOfMemoryError) as raised:
             train(order, place.pod)
     assert describe(raised.value)[0] == ExitCode.OUT_OF_MEMORY
