@@ -299,9 +299,15 @@ class TrainOrder(OrderEnvelope):
     accelerator: Literal["nvidia", "amd", "cpu"]
     nodes: int = Field(default=1, ge=1, description="Pods of the training, one in each node.")
     ranks_per_node: int = Field(default=1, ge=1, description="Processes in each pod, one for each of its GPUs.")
+    sharded: bool = Field(default=False, description="The processes share one model; else each has it whole.")
     cpu_allowed: bool = Field(default=False, description="Run on the CPU where the accelerator is not there.")
     checkpoint_every_seconds: int = Field(ge=1)
     checkpoint_keep: int = Field(ge=1)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return self.nodes * self.ranks_per_node
 
     def binding(self) -> str:
         """What a checkpoint and an adapter are bound to; `sha256:…`.

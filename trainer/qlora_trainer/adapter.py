@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, TrainOrder
 from qlora_trainer.artifacts import whole_directory
 from qlora_trainer.model import BaseModel
 from qlora_trainer.quantization import quantized_modules
+from qlora_trainer.ranks import like
 
 #: Beside the adapter: what it was trained on, for the merge and for whoever finds the adapter later.
 TRAINING_NAME = "qlora-training.json"
@@ -34,10 +35,26 @@ def with_adapter(model: Any, recipe: Recipe, base: BaseModel) -> Any:
     return adapted
 
 
-def save_adapter(model: Any, directory: Path, order: TrainOrder) -> None:
-    """Write a PEFT directory, and beside it what the adapter was trained on."""
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's weights, the model's own tensors, by the names that they have in files."""
+    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)
+
+
+def load_adapter(model: Any, values: dict[str, torch.Tensor]) -> None:
+    """Set the adapter's weights, each rank its part of those that are shared."""
+    with torch.no_grad():
+        for name, weight in adapter_weights(model).items():
+            weight.copy_(like(weight, values[name]))
+
+
+def save_adapter(model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder) -> None:
+    """Write a PEFT directory of the weights `values`, and beside it what the adapter was trained on."""
     with whole_directory(directory) as partial:
-        model.save_pretrained(partial, save_embedding_layers=False)
+        # PEFT picks the adapter out of a whole model's weights by their names there
+        renamed = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
+        state = {renamed[weight]: values[name] for name, weight in adapter_weights(model).items()}
+        model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form that nobody has filled in
         config_path = partial / "adapter_config.json"
         config = json.loads(config_path.read_text(encoding="utf-8"))

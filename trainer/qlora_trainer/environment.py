@@ -81,7 +81,7 @@ def pick_device(accelerator: Literal["nvidia", "amd", "cpu"], *, cpu_allowed: bo
     if accelerator == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        return torch.device("cuda", torch.cuda.current_device())
     if cpu_allowed:
         log.info("no GPU here; the installation allows the CPU")
         return torch.device("cpu")

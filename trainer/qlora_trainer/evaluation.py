@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from qlora_trainer.data import Example
 from qlora_trainer.environment import log
+from qlora_trainer.ranks import ALONE, Ranks
 from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate, prompt_tokens
 
 METRIC = "exactMatch"
@@ -39,11 +40,18 @@ def _keeps_logits(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def micro_batches(sequences: list[Sequence], size: int, *, pad: int, flat: bool) -> Iterator[Batch]:
-    """`sequences` in batches of at most `size`, the longest first: little padding, and memory's peak at the start."""
+def micro_batches(
+    sequences: list[Sequence], size: int, *, pad: int, flat: bool, ranks: Ranks = ALONE
+) -> Iterator[Batch]:
+    """This rank's part of `sequences`, in batches of at most `size`, as many as every rank has.
+
+    The longest come first: little padding, memory's peak at the start, and sequences of about one length on all ranks.
+    Where there are not enough for all, a rank has a token without loss, for it has to take part.
+    """
     by_length = sorted(sequences, key=lambda sequence: -len(sequence.ids))
-    for start in range(0, len(by_length), size):
-        yield collate(by_length[start : start + size], pad=pad, flat=flat)
+    for start in range(0, len(by_length), size * ranks.size):
+        first = start + size * ranks.rank
+        yield collate(by_length[first : first + size] or [Sequence([pad], [NO_LOSS], [1])], pad=pad, flat=flat)
 
 
 @torch.no_grad()
@@ -56,16 +64,17 @@ def mean_loss(
     pad: int,
     flat: bool,
     alive: Alive = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """Loss per token of `sequences`; leaves the model in training mode if it was."""
+    """Loss per token of `sequences`, over all ranks; leaves the model in training mode if it was."""
     training = model.training
     model.eval()
     total = 0.0
-    for batch in micro_batches(sequences, size, pad=pad, flat=flat):
+    for batch in micro_batches(sequences, size, pad=pad, flat=flat, ranks=ranks):
         total += float(summed_loss(model, batch, device))
         alive()
     model.train(training)
-    return total / sum(sequence.loss_tokens for sequence in sequences)
+    return ranks.total(total)[0] / sum(sequence.loss_tokens for sequence in sequences)
 
 
 @torch.no_grad()

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, TrainOrder
+from qlora_trainer.adapter import adapter_weights
 from qlora_trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from qlora_trainer.environment import log
 from qlora_trainer.evaluation import mean_loss, micro_batches, summed_loss
-from qlora_trainer.failures import Diverged, Interrupted
+from qlora_trainer.failures import Interrupted
+from qlora_trainer.health import Health
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.optimization import learning_rate
+from qlora_trainer.ranks import ALONE, Ranks, whole, whole_state
 from qlora_trainer.recording import Recorder
 from qlora_trainer.sequences import Sequence, batches
 
-#: So many steps in a row without a finite loss and gradient, and the training is given up.
-DIVERGED_AFTER = 3
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -39,6 +39,8 @@ class Learning:
     device: torch.device
     pad: int
     flat: bool
+    ranks: Ranks = ALONE
+    sharded: bool = False
 
     @property
     def eval_steps(self) -> frozenset[int]:
@@ -59,22 +61,30 @@ def learn(
     interruption: Interruption,
     recorder: Recorder,
 ) -> None:
-    """Go from `progress.step` to the last step. Raises Interrupted or out of memory with a checkpoint, or Diverged."""
+    """Go from `progress.step` to the last step. Raises Interrupted or out of memory with a checkpoint, or Diverged.
+
+    All ranks go through it side by side: each learns from its part of every batch, and all take the same decisions.
+    """
     model, optimizer, scaler, recipe = learning.model, learning.optimizer, learning.scaler, learning.recipe
+    ranks = learning.ranks
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # FSDP2 leaves the mean of all ranks' gradients, and the step's is their sum
+    averaged_over = ranks.size if learning.sharded else 1
     eval_steps = learning.eval_steps
-    saved_step, saved_at, said_at, not_finite = progress.step, time.monotonic(), -math.inf, 0
+    saved_step, saved_at, said_at = progress.step, time.monotonic(), -math.inf
+    health = Health(recipe.learning_rate, model.config.vocab_size)
 
     def checkpoint() -> None:
-        checkpoints.save(
-            Checkpoint(
-                progress,
-                get_peft_model_state_dict(model, save_embedding_layers=False),
-                optimizer.state_dict(),
-                scaler.state_dict(),
-            )
+        reached = Checkpoint(
+            progress,
+            {name: whole(weight) for name, weight in adapter_weights(model).items()},
+            whole_state(optimizer.state_dict()),
+            scaler.state_dict(),
         )
-        log.info("checkpoint at step %d", progress.step)
+        if ranks.first:
+            checkpoints.save(reached)
+            log.info("checkpoint at step %d", progress.step)
+        ranks.wait()
 
     model.train()
     dealt = batches(
@@ -84,27 +94,28 @@ def learn(
         started = time.monotonic()
         sequences = [learning.rows[number] for number in chosen]
         loss_tokens = sum(sequence.loss_tokens for sequence in sequences)
-        torch.manual_seed((recipe.seed * 1_000_003 + step + 1) % 2**63)
+        torch.manual_seed((recipe.seed * 1_000_003 + step + 1 + ranks.rank * 1_000_000_007) % 2**63)
         rate = learning_rate(step, learning.steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        loss = torch.zeros((), device=learning.device)
-        tokens = 0
+        part_of_loss = torch.zeros((), device=learning.device)
+        stopping = False
         try:
-            for batch in micro_batches(sequences, order.micro_batch_size, pad=learning.pad, flat=learning.flat):
-                if interruption.requested:
+            for batch in micro_batches(
+                sequences, order.micro_batch_size, pad=learning.pad, flat=learning.flat, ranks=ranks
+            ):
+                if stopping := ranks.any(interruption.requested):
                     break
                 part = summed_loss(model, batch, learning.device) / loss_tokens
-                scaler.scale(part).backward()
-                loss += part.detach()
-                tokens += batch.tokens
+                scaler.scale(part * averaged_over).backward()
+                part_of_loss += part.detach()
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
-            if progress.step > saved_step:
+            if progress.step > saved_step and ranks.size == 1:  # of several, the others are in the midst of the step
                 checkpoint()
             raise
-        if interruption.requested:  # the step that was begun is not taken; the next attempt takes it whole
+        if stopping or ranks.any(interruption.requested):  # the step is not taken; the next attempt takes it whole
             if progress.step > saved_step:
                 checkpoint()
             raise Interrupted(
@@ -112,30 +123,24 @@ def learn(
             )
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
-        if math.isfinite(float(loss)) and math.isfinite(float(norm)):
+        if not learning.sharded:
+            ranks.sum_gradients(weights)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)))
+        (loss,) = ranks.total(float(part_of_loss))
+        if health.allows(step + 1, loss, norm):
             scaler.step(optimizer)
-            not_finite = 0
-        else:  # the step is left out: one infinite gradient would make every weight infinite
-            not_finite += 1
-            log.info("step %d: loss %s, gradient norm %s; not taken", step + 1, float(loss), float(norm))
-            if not_finite == DIVERGED_AFTER:
-                raise Diverged(
-                    f"loss or gradients were not finite in {DIVERGED_AFTER} steps in a row, up to step {step + 1}: "
-                    f"lower training.learningRate ({recipe.learning_rate:g}), compute in bfloat16, or look at the data"
-                )
         scaler.update()
         optimizer.zero_grad()
 
         progress.step = step + 1
-        progress.tokens += tokens
-        progress.losses.append(float(loss))
+        progress.tokens += sum(len(sequence.ids) for sequence in sequences)
+        progress.losses.append(loss)
         progress.seconds += time.monotonic() - started
-        standing = recorder.stepped(progress, sequences, rate, float(norm))
+        standing = recorder.stepped(progress, sequences, rate, norm)
         if progress.step in eval_steps:
             value = mean_loss(
                 model, learning.eval_rows, order.micro_batch_size, learning.device,
-                pad=learning.pad, flat=learning.flat, alive=recorder.alive,
+                pad=learning.pad, flat=learning.flat, alive=recorder.alive, ranks=ranks,
             )  # fmt: skip
             progress.eval_losses.append((progress.step, value))
             recorder.evaluated(progress)
@@ -144,6 +149,6 @@ def learn(
         if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES or last:
             said_at = time.monotonic()
             log.info("%s", standing.line())
-        if time.monotonic() - saved_at >= order.checkpoint_every_seconds or last:
+        if ranks.any(time.monotonic() - saved_at >= order.checkpoint_every_seconds) or last:
             checkpoint()
             saved_step, saved_at = progress.step, time.monotonic()

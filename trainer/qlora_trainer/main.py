@@ -23,6 +23,7 @@ from qlora_api.exchange import (
     PublishResult,
     Result,
     Stage,
+    TrainOrder,
     TrainResult,
     failed,
     parse_order,
@@ -61,6 +62,9 @@ def main() -> int:
         credentials=os.environ.get("QLORA_CREDENTIALS", CREDENTIALS_MOUNT),
     )
     report_path = Path(os.environ.get("QLORA_REPORT", REPORT_PATH))
+    number = int(os.environ.get("RANK", 0))
+    if number:
+        log.setLevel(logging.WARNING)  # the first one speaks for all
     order_path = Path(os.environ.get("QLORA_ORDER", ORDER_PATH))
     order: Order | None = None
     reporter: Reporter | None = None
@@ -68,7 +72,11 @@ def main() -> int:
         text = order_path.read_text(encoding="utf-8")
         order = parse_order(text)
         log.info("%s of job %s/%s, attempt %d", order.stage, order.namespace, order.job, order.attempt)
-        if order.stage is Stage.TRAIN:
+        if isinstance(order, TrainOrder) and order.ranks > 1 and "RANK" not in os.environ:
+            from qlora_trainer.launch import launch  # it imports torch
+
+            return launch(order, report_path)
+        if order.stage is Stage.TRAIN and not number:
             metrics = Metrics()
             port = int(os.environ.get("QLORA_METRICS_PORT", METRICS_PORT))
             metrics.serve(port, os.environ.get("QLORA_METRICS_HOST"))
@@ -77,19 +85,30 @@ def main() -> int:
                 reporter = Reporter(server)
                 pod = replace(pod, watchers=(metrics, reporter))
         result = run_stage(order, pod)
-        report_path.write_text(succeeded(order, result).fitted(), encoding="utf-8")
-        log.info("%s succeeded: %s", order.stage, in_words(result))
+        _tell(report_path, ExitCode.SUCCEEDED, succeeded(order, result).fitted())
+        if not number:
+            log.info("%s succeeded: %s", order.stage, in_words(result))
         return ExitCode.SUCCEEDED
     except BaseException as error:  # noqa: BLE001  the one place where every end becomes an exit code and a message
         code, message = describe(error)
         unforeseen = code == 1 and not isinstance(error, StageError)
         log.error("%s", message, exc_info=error if unforeseen or log.isEnabledFor(logging.DEBUG) else None)
-        report_path.write_text(failed(order, message).fitted() if order else _without_order(message), encoding="utf-8")
+        _tell(report_path, code, failed(order, message).fitted() if order else _without_order(message))
         return code
     finally:
         if reporter:
             with interruption.deferred():
                 reporter.close()
+
+
+def _tell(path: Path, code: int, report: str) -> None:
+    """Leave the report where the pod's is, or, for one process of several, for the one that has started it."""
+    if "RANK" in os.environ:
+        from qlora_trainer.launch import leave_word
+
+        leave_word(os.environ, code, report)
+    else:
+        path.write_text(report, encoding="utf-8")
 
 
 def in_words(result: Result) -> str:

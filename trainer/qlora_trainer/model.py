@@ -163,6 +163,29 @@ def _files_of(model: Any, weights: Weights) -> dict[str, list[TensorEntry]]:
     return files
 
 
+def stored_names(model: Any, weights: Weights) -> dict[str, str]:
+    """By the name of each of the model's weights, that under which the files hold it.
+
+    Raises BadInput when a weight is not stored as it is used: fused experts are put together from many tensors.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    joined = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    names: dict[str, str] = {}
+    for stored in weights.tensors:
+        name, converted = rename_source_key(stored, renamings, joined)
+        if converted is not None:
+            raise BadInput(
+                f"model.uri: the model's {name} is put together from several tensors of its files, and such a model "
+                "cannot be shared between GPUs by this version: set hardware.gpus: 1"
+            )
+        names[name] = stored
+    for name, _ in model.named_parameters():
+        if name not in names and (twin := next((twin for twin in _twins(model, name) if twin in names), None)):
+            names[name] = names[twin]
+    return names
+
+
 def _twins(model: Any, name: str) -> list[str]:
     """Other names of the same parameter."""
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -8,61 +8,60 @@ interrupted goes on bit by bit as if it had not been. (With dropout, another mic
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, Score, TrainOrder, TrainResult
 from qlora_api.peaks import peak_flops
-from qlora_trainer.adapter import save_adapter, with_adapter
+from qlora_trainer.adapter import adapter_weights, load_adapter, save_adapter, with_adapter
 from qlora_trainer.artifacts import directory_bytes, directory_digest
 from qlora_trainer.checkpoint import Checkpoints, Progress
 from qlora_trainer.data import read_corpus
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
 from qlora_trainer.evaluation import METRIC, exact_match
-from qlora_trainer.failures import BadInput
+from qlora_trainer.failures import BadInput, EnvironmentUnfit
 from qlora_trainer.flops import Work
 from qlora_trainer.inputs import with_inputs
 from qlora_trainer.learning import Learning, learn
 from qlora_trainer.model import open_base
 from qlora_trainer.optimization import make_optimizer
 from qlora_trainer.quantization import load_for_training
+from qlora_trainer.ranks import Ranks, load_state, meeting, mesh_of, whole
 from qlora_trainer.recording import Recorder
 from qlora_trainer.results import record, recorded
 from qlora_trainer.sequences import Sequence, Tokenisation, cut, log_samples, pack
-
-
-def _require_what_is_built(order: TrainOrder) -> None:
-    """Raises BadInput for a plan that this image cannot run yet, before anything is loaded."""
-    ranks = order.nodes * order.ranks_per_node
-    if ranks > 1:
-        raise BadInput(
-            f"the plan shares the model between {ranks} GPUs and this image trains on one: set hardware.gpus: 1"
-        )
-    if order.recipe.offload != "none":
-        raise BadInput(f"training.offload: this image moves no {order.recipe.offload} to the host: leave it out")
+from qlora_trainer.sharding import load_sharded
 
 
 def train(order: TrainOrder, pod: Pod) -> TrainResult:
-    """Train, evaluate and save one adapter.
+    """Train, evaluate and save one adapter, together with the other ranks if there are any.
 
     Raises BadInput when model or data are not those inspected, Diverged, Interrupted (after a checkpoint),
     EnvironmentUnfit without the GPU that was ordered.
     """
+    with meeting() as ranks:
+        return train_with(ranks, order, pod)
+
+
+def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
+    """The training, as each of `ranks` does it: the first one reads for all, writes for all and speaks for all."""
     work_dir, recipe = Path(order.work_dir), order.recipe
     adapter_dir = work_dir / "adapter"
     done = recorded(order, TrainResult)
     if done and adapter_dir.is_dir() and directory_digest(adapter_dir) == done.adapter_digest:
         log.info("an earlier attempt has finished this training")
         return done
-    _require_what_is_built(order)
+    if ranks.size != order.ranks:
+        raise EnvironmentUnfit(f"the plan is for {order.ranks} processes, and {ranks.size} are here")
+    sharded = order.sharded or recipe.offload == "parameters"
     device = pick_device(order.accelerator, cpu_allowed=order.cpu_allowed)
     quiet_libraries()
     flat = recipe.attention.startswith("flash")
 
     # model and data: those that were inspected, or none
-    pod = with_inputs(order, pod)
+    pod = replace(pod, inputs=ranks.from_first(lambda: with_inputs(order, pod).inputs))
     base = open_base(pod.path_of(order.model_uri, "model.uri"), order.model_uri)
     if base.digest != order.model_digest:
         raise BadInput(f"model.uri: {order.model_uri} has changed since inspection: put it back, or create a new job")
@@ -89,7 +88,10 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
 
     # the model: frozen base, fp32 adapter
     log.info("loading %s (%s) on %s", base.architecture, _precision(recipe), device_name(device))
-    model = with_adapter(load_for_training(base, recipe, device), recipe, base)
+    if sharded:
+        model = load_sharded(base, recipe, device, mesh_of(ranks, device))
+    else:
+        model = with_adapter(load_for_training(base, recipe, device), recipe, base)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     adapter_parameters = sum(weight.numel() for weight in trained.values())
     log.info("%d weights to train", adapter_parameters)
@@ -104,16 +106,27 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     progress, resumed_from = Progress(), None
     if checkpoint := checkpoints.newest():
         progress, resumed_from = checkpoint.progress, checkpoint.progress.step
-        set_peft_model_state_dict(model, checkpoint.adapter)
-        optimizer.load_state_dict(checkpoint.optimizer)
+        load_adapter(model, checkpoint.adapter)
+        load_state(optimizer, checkpoint.optimizer)
         scaler.load_state_dict(checkpoint.scaler)
         log.info("resumed from step %d", resumed_from)
 
     learning = Learning(
-        model, optimizer, scaler, recipe, rows, eval_rows, steps, device, base.tokenizer.pad_token_id, flat
+        model,
+        optimizer,
+        scaler,
+        recipe,
+        rows,
+        eval_rows,
+        steps,
+        device,
+        base.tokenizer.pad_token_id,
+        flat,
+        ranks,
+        sharded,
     )
     recorder = Recorder(
-        pod.watchers,
+        pod.watchers if ranks.first else (),
         progress,
         steps=steps,
         steps_per_epoch=recipe.steps_per_epoch(len(rows)),
@@ -124,9 +137,11 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
         learn(learning, progress, checkpoints, order, pod.interruption, recorder)
 
     # what came out
-    save_adapter(model, adapter_dir, order)
+    learned = {name: whole(weight) for name, weight in adapter_weights(model).items()}
+    if ranks.first:
+        save_adapter(model, learned, adapter_dir, order)
     scores: list[Score] = []
-    if corpus.golden:
+    if corpus.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
         model.eval()
         with model.disable_adapter():
             before = exact_match(model, base.tokenizer, corpus.golden, "golden set, base", recorder.alive)
@@ -134,6 +149,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
         scores = [Score(metric=METRIC, base=before, tuned=after, examples=len(corpus.golden))]
         log.info("golden set of %d: exact match %.3f before, %.3f after", len(corpus.golden), before, after)
 
+    ranks.wait()
     tail = [loss for loss in progress.losses[-max(1, len(progress.losses) // 10) :] if math.isfinite(loss)]
     result = TrainResult(
         adapter_digest=directory_digest(adapter_dir),
@@ -147,11 +163,12 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
         mfu=None if recorder.mfu is None else round(recorder.mfu, 4),
         seconds=round(progress.seconds, 1),
         device=device_name(device),
-        peak_memory_bytes=peak_memory_bytes(device),
+        peak_memory_bytes=ranks.most(peak_memory_bytes(device)),
         resumed_from_step=resumed_from,
         scores=scores,
     )
-    record(order, result)
+    if ranks.first:
+        record(order, result)
     return result
 
 

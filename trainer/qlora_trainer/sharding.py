@@ -1,0 +1,164 @@
+"""A base that several GPUs share: read, quantised and dealt out layer by layer, and never held whole.
+
+The libraries' loaders put the whole quantised model on every GPU (211 GB for 405 billion weights). Here a model without
+weights gets its adapter; then each layer is read from its files, put into 4 bits and given to FSDP2, which leaves every
+rank its part. What is held at the most is one rank's part and one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from qlora_api.exchange import Recipe
+from qlora_trainer.adapter import with_adapter
+from qlora_trainer.environment import log
+from qlora_trainer.model import BaseModel, block_linears, stored_names
+
+#: What PEFT puts into the names of a base's weights.
+_WRAPPER, _ADAPTED = "base_model.model.", ".base_layer."
+
+
+def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: DeviceMesh) -> Any:
+    """The base with a fresh adapter, dealt out over `mesh`: what `with_adapter(load_for_training(…))` gives to one.
+
+    Raises BadInput for models whose files do not hold each weight as it is used (fused experts).
+    """
+    model = _without_weights(base, recipe)
+    names = stored_names(model, base.weights)
+    model = with_adapter(model, recipe, base)
+    reader = _Reader(base, recipe, names, device)
+    policy = OffloadPolicy()
+    if recipe.offload == "parameters":
+        policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    units = list(units_of(model))
+    for number, modules in enumerate(units):
+        for module in modules:
+            reader.fill(model, module)
+        fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, offload_policy=policy)
+        if number % 10 == 9:
+            log.info("%d of %d parts loaded", number + 1, len(units))
+    reader.fill(model, model)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+    _require_all_sharded(model)
+    return model
+
+
+def units_of(model: Any) -> Iterator[list[nn.Module]]:
+    """What is gathered together: each layer; embedding and head, apart unless they are one weight."""
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    yield from ([layer] for layer in layers)
+    if head is None or head.weight is embedding.weight:
+        yield [embedding] if head is None else [embedding, head]
+    else:
+        yield [embedding]
+        yield [head]
+
+
+def _without_weights(base: BaseModel, recipe: Recipe) -> Any:
+    """The model with 4-bit layers where there will be some. PEFT makes its adapter where a layer's weight lies and by
+    its type: the layers have weights of one element that look large, so that the adapter is the one it always is."""
+    dtype = getattr(torch, recipe.compute_dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            base.config, dtype=dtype, attn_implementation=recipe.attention, trust_remote_code=False
+        )
+    model.tie_weights()
+    model.requires_grad_(False)
+    for name, linear in block_linears(model).items():
+        quantised = recipe.method == "qlora"
+        if quantised:
+            owner, _, own_name = name.rpartition(".")
+            new = Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None, dtype,
+                compress_statistics=recipe.double_quant, quant_type=recipe.quant_type, quant_storage=dtype,
+                device="meta",
+            )  # fmt: skip
+            setattr(model.get_submodule(owner), own_name, new)
+            linear = new
+        hollow = torch.zeros(1, dtype=torch.uint8 if quantised else dtype)
+        hollow = hollow.expand(linear.out_features, linear.in_features)
+        linear.weight = _packed(hollow, recipe, dtype) if quantised else nn.Parameter(hollow, requires_grad=False)
+    model.is_loaded_in_4bit = recipe.method == "qlora"
+    return model
+
+
+def _packed(values: torch.Tensor, recipe: Recipe, storage: torch.dtype, module: Linear4bit | None = None) -> Any:
+    """A 4-bit weight of `values`; moved to a device, those of a `module` are quantised there. It is kept in the type of
+    all other weights, for FSDP shards no others."""
+    return Params4bit(
+        values, requires_grad=False, compress_statistics=recipe.double_quant, quant_type=recipe.quant_type,
+        quant_storage=storage, module=module, bnb_quantized=module is None,
+    )  # fmt: skip
+
+
+class _Reader:
+    """Fills modules with the weights that the files hold, in the type in which they are used."""
+
+    def __init__(self, base: BaseModel, recipe: Recipe, names: dict[str, str], device: torch.device) -> None:
+        self._base, self._recipe, self._names, self._device = base, recipe, names, device
+        self._dtype: torch.dtype = getattr(torch, recipe.compute_dtype)
+
+    def fill(self, model: Any, part: nn.Module) -> None:
+        """Give every weight and buffer of `part` that has none its values; adapters go to the device as they are."""
+        paths = {id(module): path for path, module in model.named_modules()}
+        for module in part.modules():
+            self._compute_buffers(model, module)
+            for key, old in list(module.named_parameters(recurse=False)):
+                if isinstance(old, DTensor):
+                    continue
+                name = f"{paths[id(module)]}.{key}"
+                if old.requires_grad:
+                    setattr(module, key, nn.Parameter(old.detach().to(self._device)))
+                elif isinstance(module, Linear4bit) and key == "weight":
+                    packed = _packed(self._read(name), self._recipe, self._dtype, module)
+                    module.weight = packed.to(self._device)
+                elif old.is_meta or _is_hollow(old):
+                    self._set(model, old, self._read(name).to(self._device))
+
+    def _set(self, model: Any, old: nn.Parameter, value: torch.Tensor) -> None:
+        """In every place where `old` is: tied weights stay one."""
+        new = nn.Parameter(value, requires_grad=False)
+        for module in model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is old:
+                    module._parameters[key] = new
+
+    def _compute_buffers(self, model: Any, module: nn.Module) -> None:
+        """They are in no file. The model fills them as after any loading: before the weights, which it fills too."""
+        lacking = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in lacking:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=self._device)
+        if lacking:
+            with torch.no_grad():
+                model.get_base_model()._init_weights(module)
+
+    def _read(self, name: str) -> torch.Tensor:
+        stored = self._names[name.removeprefix(_WRAPPER).replace(_ADAPTED, ".")]
+        file = self._base.directory / self._base.weights.tensors[stored].file
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(stored).to(self._dtype)
+
+
+def _is_hollow(weight: torch.Tensor) -> bool:
+    return weight.dim() == 2 and weight.stride() == (0, 0)
+
+
+def _require_all_sharded(model: Any) -> None:
+    """Raises RuntimeError when a weight is whole on every rank: that would be another plan."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise RuntimeError(f"{name} is not shared between the ranks")
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise RuntimeError(f"{name} has no values")
