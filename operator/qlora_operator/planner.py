@@ -10,6 +10,7 @@ from qlora_api.exchange import Inspection, ModelShape, Recipe
 from qlora_api.peaks import peak_flops
 from qlora_api.v1alpha1 import JobSpec, Loss, MemoryItem, MemoryPlan, Method, Plan, Rejected
 from qlora_operator.placement.choice import (
+    SHARED_OPTIMIZER,
     Infeasible,
     Layout,
     Placed,
@@ -131,13 +132,6 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
         )
     gpus = max(hardware.gpus or 1, hardware.nodes or 1)
     effective, size = training.effective_batch_size, training.micro_batch_size or 1
-    if gpus > 1 and training.optimizer in ONE_GPU_OPTIMIZERS:
-        return Unfit(
-            "OptimizerNotShardable",
-            f"spec.training.optimizer: {training.optimizer} cannot step weights that {gpus} GPUs share; leave it out "
-            "(adamw_torch_fused is then used), or set spec.hardware.gpus to 1",
-            final=True,
-        )
     if effective % (gpus * size):
         return Unfit(
             "BatchNotDivisible",
@@ -167,10 +161,10 @@ def _loftq_too_large(inspection: Inspection, largest_bytes: int) -> Unfit | None
 
 
 def sharded(found: Sequence[Recipe], optimizer: str | None) -> list[Recipe]:
-    """The recipes for several GPUs, with the `optimizer` that is set, if one is; none where that cannot be sharded."""
+    """The recipes for GPUs that share a model, with the `optimizer` that is set, if one is; none where it cannot."""
     if optimizer in ONE_GPU_OPTIMIZERS:
         return []
-    return [recipe.model_copy(update={"optimizer": optimizer or SHARDED_OPTIMIZER}) for recipe in found]
+    return [recipe.model_copy(update={"optimizer": optimizer or SHARED_OPTIMIZER}) for recipe in found]
 
 
 #: So many other products are named to a job that waits for its own.
@@ -298,9 +292,8 @@ GPU_TOLERATIONS: tuple[dict[str, Any], ...] = (
 #: Share of the peak that QLoRA trainings reach. Published best are 43 % (Unsloth, 7B on an A100) and 63 to 66 %
 #: (torchtune, 405B and 8B); not measured here.
 USUAL_UTILISATION = 0.4
-#: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded; and the one that takes their place.
+#: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded.
 ONE_GPU_OPTIMIZERS = frozenset({"paged_adamw_8bit", "adamw_8bit"})
-SHARDED_OPTIMIZER = "adamw_torch_fused"
 #: CUDA compute capability from which on a card has bfloat16: Ampere.
 BFLOAT16_SINCE = (8, 0)
 
@@ -373,7 +366,7 @@ def with_half_the_micro_batch(plan: Plan, inspection: Inspection) -> Plan:
     share = plan.recipe.effective_batch_size // max(1, plan.gpus)
     size = next(n for n in range(max(1, plan.micro_batch_size // 2), 0, -1) if share % n == 0)
     on_gpu = plan.flavour != CPU
-    memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpus=max(1, plan.gpus), gpu=on_gpu)
+    memory = training_memory(inspection.shape, plan.recipe, micro_batch_size=size, gpus=plan.sharing, gpu=on_gpu)
     smaller = plan.memory.model_copy(update={"items": _items(memory.items), "total_bytes": memory.total_bytes})
     return plan.model_copy(update={"micro_batch_size": size, "gradient_accumulation": share // size, "memory": smaller})
 
@@ -415,7 +408,7 @@ def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
             recipe,
             micro_batch_size=choice.micro_batch_size,
             gpus_per_node=layout.gpus_per_node,
-            gpus=layout.gpus,
+            gpus=layout.gpus if choice.sharded else 1,
         )
     )
     room = disk(
@@ -435,6 +428,7 @@ def _as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
         gpus=layout.gpus,
         gpus_per_node=layout.gpus_per_node,
         nodes=layout.nodes,
+        sharded=choice.sharded,
         micro_batch_size=choice.micro_batch_size,
         gradient_accumulation=recipe.effective_batch_size // (choice.micro_batch_size * max(1, layout.gpus)),
         steps=steps,

@@ -151,12 +151,6 @@ HELD = (
         products(gpus.B200) | {"gpus": 32, "maxGPUs": 32},
     ),
     Held(
-        "eight-bit-optimizer-on-several", LLAMA_8B, "OptimizerNotShardable",
-        "spec.training.optimizer: paged_adamw_8bit cannot step weights that 2 GPUs share; leave it out "
-        "(adamw_torch_fused is then used), or set spec.hardware.gpus to 1",
-        {"gpus": 2}, {"optimizer": "paged_adamw_8bit"}, "Failed",
-    ),
-    Held(
         "largest-on-one-node", LLAMA_405B, "NoFlavourFits",
         f"no GPU can take this training: {gpus.H100.name}: 79.6 GiB ×8: qlora at micro-batch 1 × 4096 tokens needs "
         "8… GiB, short by … GiB; fits with dataset.maxLength ≤ … or with training.offload activations or on 16 GPUs on "

@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +49,7 @@ def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: De
             log.info("%d of %d parts loaded", number + 1, len(units))
     reader.fill(model, model)
     fully_shard(model, mesh=mesh, offload_policy=policy)
+    register_fsdp_forward_method(model, "generate")
     _require_all_sharded(model)
     return model
 

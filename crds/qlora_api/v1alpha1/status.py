@@ -93,6 +93,7 @@ class Plan(Document):
     gpus: int = Field(description="GPUs in all.")
     gpus_per_node: int = Field(description="GPUs in each node.")
     nodes: int = Field(description="Nodes.")
+    sharded: bool = Field(default=False, description="Whether the GPUs share one model; else each has it whole.")
     micro_batch_size: int = Field(description="Sequences per GPU at a time.")
     gradient_accumulation: int = Field(description="Micro-batches per optimizer step on each GPU.")
     steps: int | None = Field(default=None, description="Optimizer steps, as far as known before packing.")
@@ -109,10 +110,18 @@ class Plan(Document):
     disk_items: tuple[MemoryItem, ...] = Field(default=(), description="The same use by use.")
     rejected: tuple[Rejected, ...] = Field(default=(), description="The flavours not chosen, and why.")
 
+    @property
+    def sharing(self) -> int:
+        """GPUs that share one model."""
+        return self.gpus if self.sharded else 1
+
     @model_validator(mode="before")
     @classmethod
-    def _of_a_version_that_knew_one_resource(cls, stored: Any) -> Any:
-        """Plans of NVIDIA's GPUs were once stored without what a pod asks for and by which labels."""
+    def _of_an_older_version(cls, stored: Any) -> Any:
+        """Plans of NVIDIA's GPUs were once stored without what a pod asks for and by which labels, and several GPUs
+        always shared one model."""
+        if isinstance(stored, dict) and "sharded" not in stored and stored.get("gpus", 1) > 1:
+            stored = stored | {"sharded": True}
         if not isinstance(stored, dict) or stored.get("flavour") in (None, "cpu") or stored.get("resource"):
             return stored
         return stored | {

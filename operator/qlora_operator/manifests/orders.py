@@ -88,6 +88,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
         accelerator=plan.accelerator,
         nodes=plan.nodes,
         ranks_per_node=max(1, plan.gpus_per_node),
+        sharded=plan.sharded,
         cpu_allowed=settings.cpu_allowed,
         checkpoint_every_seconds=duration_seconds(job.spec.checkpoint.every),
         checkpoint_keep=job.spec.checkpoint.keep,

@@ -24,13 +24,15 @@ _SAVINGS = (
 _OFFLOADS = ("none", "activations", "parameters")
 #: Shorter sequences are tried in these steps, from the job's own downwards, to say which would fit.
 LENGTH_STEP, SHORTEST = 64, 256
+#: What steps weights that several GPUs share; bitsandbytes' optimizers fail on them.
+SHARED_OPTIMIZER = "adamw_torch_fused"
 #: More than anybody allows.
 MANY = 1024
 
 
 @dataclass(frozen=True)
 class Layout:
-    """GPUs over nodes; all of them share the weights (FSDP) where there are several."""
+    """GPUs over nodes."""
 
     nodes: int
     gpus_per_node: int
@@ -68,6 +70,8 @@ class Placed:
     recipe: Recipe
     micro_batch_size: int
     memory: Memory
+    #: Whether the GPUs share one model (FSDP); else each has it whole, and a part of every batch.
+    sharded: bool = False
     rejected: tuple[Refused, ...] = ()
 
 
@@ -104,6 +108,7 @@ class _Option:
     micro_batch_size: int
     few_tokens: bool
     memory: Memory
+    sharded: bool
     price: float
 
     @property
@@ -123,7 +128,7 @@ class _Option:
         )
 
     def placed(self) -> Placed:
-        return Placed(self.flavour, self.layout, self.recipe, self.micro_batch_size, self.memory)
+        return Placed(self.flavour, self.layout, self.recipe, self.micro_batch_size, self.memory, self.sharded)
 
 
 def choose(
@@ -136,6 +141,7 @@ def choose(
 ) -> Placed | Infeasible:
     """The GPUs to train on.
 
+    Several GPUs each have the whole model where it fits, else they share it.
     Preferred, in this order: the fewest nodes, the fewest GPUs, the recipe that comes first, at least
     `TOKENS_PER_MICRO_BATCH` tokens per micro-batch, the smallest GPU, the lowest price, the largest micro-batch, the
     name. By what nodes can allocate, not by what is free: other tenants' pods are not ours to read, the scheduler
@@ -252,18 +258,26 @@ class _Search:
             self._changed[key] = recipe.model_copy(update={name: value})
         return self._changed[key]
 
+    def _ways(self, layout: Layout) -> list[tuple[int, Recipe, int]]:
+        """Preference, recipe and how many GPUs share a model, for `layout`: whole on each GPU before shared."""
+        if layout.gpus == 1:
+            return [(rank, recipe, 1) for rank, recipe in enumerate(self._recipes(1))]
+        whole = [(rank, recipe, 1) for rank, recipe in enumerate(self._recipes(1)) if recipe.offload != "parameters"]
+        shared = [(rank, recipe, layout.gpus) for rank, recipe in enumerate(self._recipes(layout.gpus))]
+        return sorted([*whole, *shared], key=lambda way: (way[0], way[2]))
+
     def best_on(self, flavour: Flavour) -> _Option | None:
         wishes = self._wishes
         for layout in layouts(flavour, wishes):
-            for rank, recipe in enumerate(self._recipes(layout.gpus)):
+            for rank, recipe, share in self._ways(layout):
                 sizes = micro_batches(recipe, wishes.micro_batch_size, layout.gpus)
-                if not sizes or not self._fits(recipe, sizes[-1], layout.gpus, flavour):
+                if not sizes or not self._fits(recipe, sizes[-1], share, flavour):
                     continue
-                size = next(size for size in sizes if self._fits(recipe, size, layout.gpus, flavour))
+                size = next(size for size in sizes if self._fits(recipe, size, share, flavour))
                 few = wishes.micro_batch_size is None and size < sizes[0]
                 price = wishes.prices.get(flavour.product, float("inf")) if wishes.prices else 0.0
-                memory = self.memory(recipe, size, layout.gpus)
-                return _Option(flavour, layout, rank, recipe, size, few, memory, price)
+                memory = self.memory(recipe, size, share)
+                return _Option(flavour, layout, rank, recipe, size, few, memory, share > 1, price)
         return None
 
     def capacity(self, flavour: Flavour) -> tuple[int, int]:
@@ -276,27 +290,26 @@ class _Search:
         possible = layouts(flavour, wishes)
         if not possible:
             return self._no_layout(flavour)
-        tried = [(layout, recipe) for layout in possible for recipe in self._recipes(layout.gpus)]
-        if not tried:
-            several = f"weights that {possible[-1].gpus} GPUs share"
-            return f"the optimizer cannot step {several}: leave training.optimizer out, or set hardware.gpus to 1"
-        shared = [pair for pair in tried if micro_batches(pair[1], wishes.micro_batch_size, pair[0].gpus)]
-        if not shared:
+        tried = [(layout, recipe, share) for layout in possible for _, recipe, share in self._ways(layout)]
+        able = [way for way in tried if micro_batches(way[1], wishes.micro_batch_size, way[0].gpus)]
+        if not able:
             effective = tried[0][1].effective_batch_size
             of = f" in micro-batches of {wishes.micro_batch_size}" if wishes.micro_batch_size else ""
             return (
                 f"{tried[0][0]} cannot share training.effectiveBatchSize {effective} evenly{of}: make it a multiple "
                 f"of {tried[0][0].gpus * (wishes.micro_batch_size or 1)}"
             )
-        layout, recipe = shared[-1]  # the most GPUs, the recipe that takes the least
+        layout, recipe, share = able[-1]  # the most GPUs, the recipe that takes the least
         size = micro_batches(recipe, wishes.micro_batch_size, layout.gpus)[-1]
-        need = self._need(recipe, size, layout.gpus)
+        need = self._need(recipe, size, share)
         short = need - flavour.memory_bytes
         sentence = (
             f"{flavour.memory_bytes / GIB:.1f} GiB ×{layout.gpus}: {recipe.method} at micro-batch {size} × "
             f"{recipe.max_length} tokens needs {need / GIB:.1f} GiB, short by {short / GIB:.1f} GiB"
         )
-        cures = list(self._cures(flavour, layout, recipe, size))
+        if layout.gpus > 1 == share:
+            sentence += f"; weights that {layout.gpus} GPUs share the optimizer {recipe.optimizer} cannot step"
+        cures = list(self._cures(flavour, layout, recipe, size, share))
         return f"{sentence}; fits {' or '.join(cures)}" if cures else sentence
 
     def _no_layout(self, flavour: Flavour) -> str:
@@ -311,20 +324,23 @@ class _Search:
             return f"{has}, and hardware.maxGPUs {wishes.max_gpus} allows too few for {' and '.join(asked)}"
         return f"{has}, too few for {' and '.join(asked) or 'any'}"
 
-    def _cures(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int) -> Iterable[str]:
+    def _cures(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int, share: int) -> Iterable[str]:
         """Changes that a user can make, each tried alone."""
         wishes = self._wishes
-        if wishes.micro_batch_size and self._fits(recipe, 1, layout.gpus, flavour) and size > 1:
+        shared = self._with(recipe, "optimizer", SHARED_OPTIMIZER)
+        if layout.gpus > 1 == share and self._fits(shared, size, layout.gpus, flavour):
+            yield f"with training.optimizer {SHARED_OPTIMIZER}"
+        if wishes.micro_batch_size and self._fits(recipe, 1, share, flavour) and size > 1:
             yield "with training.microBatchSize 1"
-        if length := self._longest(flavour, layout, recipe, size):
+        if length := self._longest(flavour, share, recipe, size):
             yield f"with dataset.maxLength ≤ {length}"
         for name, value, words in _SAVINGS:
             if getattr(recipe, name) == value:
                 continue
-            if self._fits(self._with(recipe, name, value), size, layout.gpus, flavour):
+            if self._fits(self._with(recipe, name, value), size, share, flavour):
                 yield words
         for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
-            if self._fits(self._with(recipe, "offload", offload), size, layout.gpus, flavour):
+            if self._fits(self._with(recipe, "offload", offload), size, share, flavour):
                 yield f"with training.offload {offload}"
                 break
         for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):
@@ -340,12 +356,12 @@ class _Search:
                 yield f"on {more} ({', '.join(fields)})"
                 return
 
-    def _longest(self, flavour: Flavour, layout: Layout, recipe: Recipe, size: int) -> int | None:
+    def _longest(self, flavour: Flavour, share: int, recipe: Recipe, size: int) -> int | None:
         """The longest of some shorter sequences that fits, in tokens. The same are tried for every flavour."""
         lengths = [recipe.max_length * share // 12 // LENGTH_STEP * LENGTH_STEP for share in (10, 8, 6, 4, 3, 2, 1)]
         for length in lengths:
             shorter = self._with(recipe, "max_length", length)
-            if length >= SHORTEST and self._fits(shorter, size, layout.gpus, flavour):
+            if length >= SHORTEST and self._fits(shorter, size, share, flavour):
                 return length
         return None
 

@@ -17,7 +17,7 @@ RESULT_BYTES = GIB
 def host_memory(
     shape: ModelShape, recipe: Recipe, *, micro_batch_size: int, gpus_per_node: int = 1, gpus: int | None = None
 ) -> Memory:
-    """Host memory of a node where `gpus_per_node` of all `gpus` train (absent: there is one node), in bytes.
+    """Host memory of a node where `gpus_per_node` train and `gpus` share a model (absent: those of the node), in bytes.
 
     One process per GPU. Optimizers that page are counted as if all of their state had to leave the GPU, which it does
     when the GPU is full.
@@ -36,7 +36,7 @@ def host_memory(
         items.append(Item("offloaded parameters", gpus_per_node * _frozen_bytes(shape, training)))
     if recipe.optimizer.startswith("paged") and gpus == 1:
         trained = lora_parameters(shape, rank=recipe.rank, target_modules=recipe.target_modules)
-        items.append(Item("paged optimizer state", int(trained * training.state_bytes)))
+        items.append(Item("paged optimizer state", gpus_per_node * int(trained * training.state_bytes)))
     return Memory(tuple(item for item in items if item.bytes))
 
 
