@@ -126,4 +126,5 @@ SMALL = (
     Case("HuggingFaceTB/SmolLM2-135M", "lora", 1, 1, 512, gradient_checkpointing=False, layers=5),
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 8, 1024, fused_loss=True, layers=5),
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 2048, layers=5),
+    Case("meta-llama/Llama-2-7b-hf", "qlora", 2, 1, 2048, layers=5),
 )

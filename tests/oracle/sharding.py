@@ -10,11 +10,12 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from bitsandbytes.nn import modules
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from qlora_trainer.sharding import spare_the_embedding, units_of
 
 #: What the frozen base is kept in: four values of 4 bits each, so that base, norms and embeddings are of one type.
 STORAGE = torch.bfloat16
@@ -40,14 +41,11 @@ def _found_in_the_module(module: Any) -> None:
 
 
 def sharded(model: Any, mesh: DeviceMesh) -> None:
-    """Layer by layer, then what is left: embeddings, last norm and head."""
-    for layer in _layers(model):
-        fully_shard(layer, mesh=mesh)
+    """In the trainer's own units."""
+    for unit in units_of(model):
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    spare_the_embedding(model)
 
 
 def like(weight: Any, shard: Any) -> DTensor:

@@ -50,6 +50,7 @@ def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: De
     reader.fill(model, model)
     fully_shard(model, mesh=mesh, offload_policy=policy)
     register_fsdp_forward_method(model, "generate")
+    spare_the_embedding(model)
     _require_all_sharded(model)
     return model
 
@@ -64,6 +65,13 @@ def units_of(model: Any) -> Iterator[list[nn.Module]]:
     else:
         yield [embedding]
         yield [head]
+
+
+def spare_the_embedding(model: Any) -> None:
+    """Have the first layer's backward gather nothing ahead: FSDP2 would gather the embedding, which comes before it and
+    has no backward."""
+    first = next(units_of(model))[0]
+    first.set_modules_to_backward_prefetch([first])
 
 
 def _without_weights(base: BaseModel, recipe: Recipe) -> Any:

@@ -57,6 +57,8 @@ class Rank:
         ]
         self._workspaces = [trace.new(WORKSPACE_BYTES, WORKSPACE) for _ in range(2)]  # with the first products
         self._state: list[Storage] = []
+        #: Embedding or head, as FSDP has it whole.
+        self._table: Storage | None = None
 
     # --- loading ---
 
@@ -142,8 +144,10 @@ class Rank:
                 trace.watch_from_here()
 
         trace.watch_from_here()
-        whole = self._gathered_root()
+        self._table = self._gathered_table()
         x = trace.new(rows * stream, CHECKPOINTS)
+        if not decoder.tied_embeddings:
+            self._table = None
         mask = self._mask()
         tables = trace.new(2 * training.max_length * decoder.head_dim * stream, ATTENTION)
         checkpoints: list[Storage | None] = []
@@ -186,7 +190,8 @@ class Rank:
                 self._reduce_scattered(gradients)
             if number in (decoder.layers - 1, 0):
                 mark("loss and backward of the last layer" if number else "backward of the first layer")
-        del gradient, kept, mask, whole, tables
+        self._table = None
+        del gradient, kept, mask, tables
         self.make_optimizer_state()
         updates = self._per_trained_weight(training.update_bytes, UPDATES)
         del updates
@@ -223,13 +228,13 @@ class Rank:
         """Whether a layer's weights are only whole on the GPU while it is at work."""
         return self.training.gpus > 1 or self.training.offload == "parameters"
 
-    def _gathered_root(self) -> list[Storage]:
-        """Embedding and head, whole during forward and backward: they are the root of what FSDP shards."""
-        decoder = self.training.decoder
-        if not self._gathers:
-            return []
-        size = decoder.embedding_weights * self.training.stream_bytes
-        return [self.trace.new(size, GATHERED, stream=1) for _ in range(1 if decoder.tied_embeddings else 2)]
+    @property
+    def _table_bytes(self) -> int:
+        """Of the embedding or the head, where it is whole only while it is at work."""
+        return self.training.decoder.embedding_weights * self.training.stream_bytes if self._gathers else 0
+
+    def _gathered_table(self) -> Storage | None:
+        return self.trace.new(self._table_bytes, GATHERED, stream=1) if self._gathers else None
 
     def _gathered_layers(self) -> list[Storage]:
         """The layer at work and the one that is fetched meanwhile, whole; from host memory, its shard before that."""
@@ -265,7 +270,9 @@ class Rank:
         del start
         if training.autocast:
             hidden = self.layers.cast(tape, hidden, training.compute_bytes, LOGITS)
+        tied = decoder.tied_embeddings
         if training.fused_loss:
+            weights = None if tied else self._gathered_table()
             # TRL's ChunkedLogProbFunction: tiles of logits in the compute type, the gradient added up in fp32
             tile_bytes = min(training.tokens, TILE_ROWS) * TILE_COLUMNS * hidden.itemsize
             size = hidden.elements * hidden.itemsize
@@ -277,11 +284,16 @@ class Rank:
             gradients = {chosen.key: trace.new(size, LOGITS)}
             del wide, tile, chosen
             tape.backward(gradients)
+            del weights
             return None, gradients.pop(first)
         elements = training.tokens * decoder.vocab_size
         unpacked = decoder.embedding_weights * training.compute_bytes if hidden.itemsize != training.stream_bytes else 0
         head = trace.new(unpacked, LOGITS) if unpacked else None
-        logits = tape.op(LOGITS, elements, hidden.itemsize, [Into(hidden.key, hidden.elements * hidden.itemsize)])
+        # in the forward FSDP2 keeps what the last gather came in beside the weights that it made of it
+        into = Into(hidden.key, hidden.elements * hidden.itemsize, (self._table_bytes,) if self._gathers else ())
+        logits = tape.op(LOGITS, elements, hidden.itemsize, [into], scratch=0 if tied else 2 * self._table_bytes)
+        if tied:  # whole from the first use to the last of the forward, and again from its first in the backward
+            self._table = None
         if not training.keeps_logits:  # else the loss is computed by the model, which has them in hand meanwhile
             del hidden
         if decoder.family.caps_logits:
@@ -298,5 +310,7 @@ class Rank:
         gradients = {last: trace.new(4 * elements, LOGITS)}
         del chosen, probabilities
         tape.backward(gradients)
+        if tied:
+            self._table = self._gathered_table()
         del head
         return kept, gradients.pop(first)
