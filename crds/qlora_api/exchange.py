@@ -45,11 +45,12 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 13
     INTERRUPTED = 14
     ENVIRONMENT_UNFIT = 15
+    STALLED = 16
 
     @property
     def retried(self) -> bool:
         """Whether another attempt can end otherwise."""
-        return self in (ExitCode.OUT_OF_MEMORY, ExitCode.INTERRUPTED, ExitCode.ENVIRONMENT_UNFIT)
+        return self in (ExitCode.OUT_OF_MEMORY, ExitCode.INTERRUPTED, ExitCode.ENVIRONMENT_UNFIT, ExitCode.STALLED)
 
 
 class Stage(StrEnum):

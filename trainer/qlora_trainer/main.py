@@ -34,6 +34,7 @@ from qlora_trainer.failures import StageError, describe
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.metrics import Metrics
 from qlora_trainer.reporting import Reporter, Server
+from qlora_trainer.watchdog import Watchdog
 
 #: Where each stage is; imported when its turn comes, for publish needs no torch and merge no transformers.
 STAGES = {
@@ -68,6 +69,7 @@ def main() -> int:
     order_path = Path(os.environ.get("QLORA_ORDER", ORDER_PATH))
     order: Order | None = None
     reporter: Reporter | None = None
+    watchdog: Watchdog | None = None
     try:
         text = order_path.read_text(encoding="utf-8")
         order = parse_order(text)
@@ -76,14 +78,17 @@ def main() -> int:
             from qlora_trainer.launch import launch  # it imports torch
 
             return launch(order, report_path)
+        if order.stage is Stage.TRAIN:
+            watchdog = Watchdog(lambda reason: _give_up(order, report_path, reason))
+            pod = replace(pod, watchers=(watchdog,))
         if order.stage is Stage.TRAIN and not number:
             metrics = Metrics()
             port = int(os.environ.get("QLORA_METRICS_PORT", METRICS_PORT))
             metrics.serve(port, os.environ.get("QLORA_METRICS_HOST"))
-            pod = replace(pod, watchers=(metrics,))
+            pod = replace(pod, watchers=(*pod.watchers, metrics))
             if server := Server.from_environment(os.environ):
                 reporter = Reporter(server)
-                pod = replace(pod, watchers=(metrics, reporter))
+                pod = replace(pod, watchers=(*pod.watchers, reporter))
         result = run_stage(order, pod)
         _tell(report_path, ExitCode.SUCCEEDED, succeeded(order, result).fitted())
         if not number:
@@ -96,9 +101,18 @@ def main() -> int:
         _tell(report_path, code, failed(order, message).fitted() if order else _without_order(message))
         return code
     finally:
+        if watchdog:
+            watchdog.close()
         if reporter:
             with interruption.deferred():
                 reporter.close()
+
+
+def _give_up(order: Order | None, report_path: Path, reason: str) -> None:
+    """End the process at once, whatever its threads wait for: what hangs cannot be asked to stop."""
+    log.error("%s", reason)
+    _tell(report_path, ExitCode.STALLED, failed(order, reason).fitted() if order else _without_order(reason))
+    os._exit(ExitCode.STALLED)
 
 
 def _tell(path: Path, code: int, report: str) -> None:

@@ -51,6 +51,8 @@ def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: De
     fully_shard(model, mesh=mesh, offload_policy=policy)
     register_fsdp_forward_method(model, "generate")
     spare_the_embedding(model)
+    mine, all_bytes = shares_of(model)
+    log.info("this rank holds %.1f of %.1f MiB of weights", mine / 2**20, all_bytes / 2**20)
     _require_all_sharded(model)
     return model
 
@@ -161,6 +163,12 @@ class _Reader:
 
 def _is_hollow(weight: torch.Tensor) -> bool:
     return weight.dim() == 2 and weight.stride() == (0, 0)
+
+
+def shares_of(model: Any) -> tuple[int, int]:
+    """Bytes of the weights that this rank holds, and of all."""
+    weights = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+    return sum(weight.to_local().nbytes for weight in weights), sum(weight.nbytes for weight in weights)
 
 
 def _require_all_sharded(model: Any) -> None:

@@ -126,7 +126,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         sharded,
     )
     recorder = Recorder(
-        pod.watchers if ranks.first else (),
+        pod.watchers,
         progress,
         steps=steps,
         steps_per_epoch=recipe.steps_per_epoch(len(rows)),

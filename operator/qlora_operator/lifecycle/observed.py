@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from qlora_api.exchange import ProgressName, Report, parse_report
+from qlora_api.exchange import ExitCode, ProgressName, Report, parse_report
 from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
 from qlora_operator.lifecycle.pending import Wait, wait_of
 from qlora_operator.placement.inventory import Inventory
@@ -141,13 +141,16 @@ def _newest_of_each_rank(pods: Iterable[Raw]) -> list[Raw]:
 
 
 def _first_failed(ranks: Sequence[Raw]) -> Raw | None:
-    """Whose end ended the others: of the pods that failed, the first that did; where none says so, the first rank."""
+    """Whose end ended the others: of the pods that failed, the first that did, those last that were only told to stop
+    or met something unforeseen, as ranks do whose neighbour is gone; where none says so, the first rank."""
 
-    def at(pod: Raw) -> str:
+    def end_of(pod: Raw) -> tuple[bool, str] | None:
         ends = (c.get("state", {}).get("terminated") for c in _stage_containers(pod))
-        return next((end.get("finishedAt", "") for end in ends if end and end.get("exitCode")), "")
+        end = next((end for end in ends if end and end.get("exitCode")), None)
+        return end and (end["exitCode"] in (1, ExitCode.INTERRUPTED), end.get("finishedAt", ""))
 
-    return min((pod for pod in ranks if at(pod)), key=at, default=next(iter(ranks), None))
+    failed = [(end, number, pod) for number, pod in enumerate(ranks) if (end := end_of(pod))]
+    return min(failed)[2] if failed else next(iter(ranks), None)
 
 
 def _active(job: Raw, ranks: Sequence[Raw]) -> Active:

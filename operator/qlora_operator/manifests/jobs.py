@@ -146,7 +146,7 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
                 "imagePullPolicy": settings.image_pull_policy,
                 "env": [
                     *({"name": key, "value": value} for key, value in sorted(environment.items())),
-                    *ranks.environment(plan, order),
+                    *ranks.environment(plan, order, settings.grace_seconds),
                 ],
                 **({"ports": [reporting.PORT]} if task.stage is Stage.TRAIN else {}),
                 "resources": _resources(job, task, settings, on_gpu=on_gpu),

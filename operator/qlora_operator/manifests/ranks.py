@@ -39,11 +39,19 @@ def indexed(plan: Plan | None) -> dict[str, Any]:
     return {"completionMode": "Indexed", "completions": plan.nodes, "parallelism": plan.nodes}
 
 
-def environment(plan: Plan | None, attempt: str) -> list[dict[str, Any]]:
+#: Of the grace period, what is left to the pod's first process to say how it ended; torchrun kills the others before.
+LAST_WORDS_SECONDS = 5
+
+
+def environment(plan: Plan | None, attempt: str, grace_seconds: int) -> list[dict[str, Any]]:
     """torchrun's settings, for several processes."""
     if plan is None or plan.gpus <= 1:
         return []
-    values = {"PET_NNODES": str(plan.nodes), "PET_NPROC_PER_NODE": str(plan.gpus_per_node)}
+    values = {
+        "PET_NNODES": str(plan.nodes),
+        "PET_NPROC_PER_NODE": str(plan.gpus_per_node),
+        "PET_SHUTDOWN_TIMEOUT": str(max(1, grace_seconds - LAST_WORDS_SECONDS)),
+    }
     if plan.nodes > 1:
         values |= {"PET_MASTER_ADDR": f"{attempt}-0.{attempt}", "PET_MASTER_PORT": str(PORT)}
     found: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(values.items())]

@@ -146,7 +146,7 @@ def test_what_nobody_foresaw_names_its_place() -> None:
     code, message = describe(raised.value)
     assert code == 1
     assert message.startswith("AttributeError at training.py:")
-    assert "in train: 'NoneType'" in message
+    assert "in train_with: 'NoneType'" in message
 
 
 def test_a_file_that_may_not_be_read_is_told_with_its_cure() -> None:

@@ -1,0 +1,267 @@
+"""Several processes that train one adapter, as torchrun starts them in a pod: real FSDP2 over gloo, on real NF4."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_api.exchange import ExitCode, TrainOrder, parse_report
+from qlora_operator.sizing.training import attention_by_default
+from qlora_trainer.adapter import with_adapter
+from qlora_trainer.failures import BadInput
+from qlora_trainer.launch import Word, cause
+from qlora_trainer.model import BaseModel, shape_of
+from qlora_trainer.quantization import load_for_training
+from qlora_trainer.ranks import ALONE, mesh_of, whole
+from qlora_trainer.sharding import load_sharded, shares_of
+from qlora_trainer.training import train
+from qlora_trainer.weights import read_weights
+
+from ..families import CONFIGS
+from .conftest import Place, recipe_of
+from .test_training import losses
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
+#: What several ranks can step, in batches that both two and three can share.
+SHARED: dict[str, Any] = {"optimizer": "adamw_torch_fused", "effective_batch_size": 6, "gradient_checkpointing": True}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def started(place: Place, order: TrainOrder) -> subprocess.Popen[str]:
+    """The pod's program on `order`, with the environment that the manifests give it."""
+    (place.root / "order.json").write_text(order.to_json())
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "trainer")),
+        "OMP_NUM_THREADS": "1",
+        "QLORA_ORDER": str(place.root / "order.json"),
+        "QLORA_REPORT": str(place.root / "report"),
+        "QLORA_CLAIMS": str(place.claims),
+        "QLORA_METRICS_HOST": "127.0.0.1",
+        "QLORA_METRICS_PORT": str(free_port()),
+        "PET_NNODES": "1",
+        "PET_NPROC_PER_NODE": str(order.ranks_per_node),
+        "PET_MASTER_PORT": str(free_port()),
+        "PET_SHUTDOWN_TIMEOUT": "60",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "qlora_trainer"],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ended(place: Place, program: subprocess.Popen[str], read: str = "") -> tuple[int, str, Any]:
+    """Exit code, output and report."""
+    output = read + program.communicate(timeout=600)[0]
+    return program.returncode, output, parse_report((place.root / "report").read_text())
+
+
+def up_to(program: subprocess.Popen[str], said: str) -> str:
+    """What `program` says until a line with `said`."""
+    assert program.stdout
+    lines: list[str] = []
+    for line in program.stdout:
+        lines.append(line)
+        if said in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def on(ranks: int, order: TrainOrder, *, sharded: bool = True) -> TrainOrder:
+    return order.model_copy(update={"ranks_per_node": ranks, "sharded": sharded})
+
+
+def undisturbed(place: Place, order: TrainOrder) -> list[float]:
+    """The losses of one process; the work directory is as before."""
+    train(order, place.pod)
+    found = losses(place)
+    shutil.rmtree(place.work)
+    return found
+
+
+def test_two_ranks_share_a_model_and_one_goes_on_alone(place: Place) -> None:
+    """SIGTERM stops both at the same step with a checkpoint, from which another number of ranks continues the run."""
+    order = place.train_order(place.data(eval_fraction=0.1), SHARED | {"max_steps": 24})
+    expected = undisturbed(place, order)
+
+    program = started(place, on(2, order))
+    said = up_to(program, "step 1/24")
+    program.send_signal(signal.SIGTERM)
+    code, output, report = ended(place, program, said)
+    assert code == ExitCode.INTERRUPTED, output
+    reached = len(losses(place))
+    assert report.failure == f"told to stop at step {reached} of 24; the next attempt goes on there"
+    found = re.search(r"this rank holds ([\d.]+) of ([\d.]+) MiB", output)
+    assert found
+    assert float(found[1]) == pytest.approx(float(found[2]) / 2, rel=0.05)
+
+    result = train(order.model_copy(update={"attempt": 2}), place.pod)
+    assert result.resumed_from_step == reached
+    assert 0 < reached < 24
+    assert losses(place) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("ranks", "sharded"), [(2, False), (3, True), (4, True)])
+def test_any_number_of_ranks_learns_the_same(place: Place, ranks: int, sharded: bool) -> None:
+    """Batches are not even: six sequences on four ranks leave one of them without any."""
+    changes = SHARED | {"max_steps": 10} | ({} if sharded else {"optimizer": "paged_adamw_8bit"})
+    order = place.train_order(place.data(eval_fraction=0.1), changes, micro_batch_size=1)
+    expected = undisturbed(place, order)
+    code, output, report = ended(place, started(place, on(ranks, order, sharded=sharded)))
+    assert code == 0, output
+    assert losses(place) == pytest.approx(expected, rel=1e-4)
+    alone = train(order.model_copy(update={"recipe": order.recipe.model_copy(update={"seed": 8})}), place.pod)
+    assert report.result["evalLoss"] != alone.eval_loss, "the comparison would see another training"
+
+
+@pytest.mark.soak
+def test_ranks_go_on_where_one_was(place: Place) -> None:
+    order = place.train_order(place.data(eval_fraction=0.1), SHARED | {"max_steps": 12})
+    expected = undisturbed(place, order)
+    first = order.model_copy(update={"checkpoint_every_seconds": 1})
+    program = started(place, first)
+    said = up_to(program, "checkpoint at step")
+    program.send_signal(signal.SIGTERM)
+    code, output, _ = ended(place, program, said)
+    assert code == ExitCode.INTERRUPTED, output
+    code, output, report = ended(place, started(place, on(2, order)))
+    assert code == 0, output
+    assert report.result["resumedFromStep"] > 0
+    assert losses(place) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.soak
+def test_a_rank_that_is_killed_ends_all_and_is_named(place: Place) -> None:
+    order = place.train_order(None, SHARED | {"max_steps": 400}, checkpoint_every_seconds=1)
+    program = started(place, on(2, order))
+    said = up_to(program, "checkpoint at step")
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"qlora_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(ranks[1], signal.SIGKILL)
+    code, output, report = ended(place, program, said)
+    assert code == 137, output
+    assert report.failure.startswith("rank 1 was killed by SIGKILL")
+    assert list(place.work.glob("checkpoints/*/step-*"))
+
+
+@pytest.mark.soak
+def test_weights_can_wait_in_host_memory(place: Place) -> None:
+    changes = SHARED | {"max_steps": 4}
+    expected = undisturbed(place, place.train_order(None, changes))
+    offloaded = place.train_order(None, changes | {"offload": "parameters"})
+    code, output, _ = ended(place, started(place, offloaded))
+    assert code == 0, output
+    assert losses(place) == pytest.approx(expected, rel=1e-4)
+
+
+# --- the loader ---
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    yield mesh_of(ALONE, CPU)
+    dist.destroy_process_group()
+
+
+ORDINARY = ["llama, biases and tied", "gemma3", "phi, normed heads"]
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek")
+SHARDABLE = [name for name in CONFIGS if not name.startswith(MIXTURES)]
+
+
+def base_of(config: dict[str, Any], directory: Path) -> BaseModel:
+    """A model of random weights on disk, without a tokenizer."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(torch.bfloat16)
+    model.save_pretrained(directory)
+    weights = read_weights(directory, "x")
+    loaded = AutoConfig.from_pretrained(directory)
+    return BaseModel(directory, "x", loaded, None, weights, "", shape_of(model, weights, None), type(model).__name__)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ORDINARY else [pytest.mark.soak]) for name in SHARDABLE]
+)
+def test_a_model_loaded_layer_by_layer_is_the_model(name: str, method: str, tmp_path: Path, mesh: Any) -> None:
+    """Weights, 4-bit codes, buffers and the fresh adapter, bit by bit as transformers and PEFT load them."""
+    base = base_of(CONFIGS[name], tmp_path)
+    recipe = recipe_of(
+        method=method, compute_dtype="bfloat16", attention=attention_by_default(base.shape),
+        target_modules=sorted({linear.name for linear in base.shape.linear}),
+    )  # fmt: skip
+    expected = with_adapter(load_for_training(base, recipe, CPU), recipe, base)
+    model = load_sharded(base, recipe, CPU, mesh)
+    assert shares_of(model)[0] == shares_of(model)[1] > 0
+
+    found = dict(model.named_parameters())
+    for path, weight in expected.named_parameters():
+        value = whole(found.pop(path))
+        if value.dtype != weight.dtype:  # packed: two codes to a byte, kept in the type of the others
+            value = value.view(weight.dtype).reshape(weight.shape)
+        assert torch.equal(value, weight), path
+    assert not found
+    buffers = dict(model.named_buffers())
+    for path, buffer in expected.named_buffers():
+        assert torch.equal(buffers[path], buffer), path
+    ids = torch.randint(3, 500, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_fused_experts_are_refused(tmp_path: Path, mesh: Any) -> None:
+    base = base_of(CONFIGS["mixtral"], tmp_path)
+    with pytest.raises(BadInput, match=r"cannot be shared between GPUs by this version: set hardware\.gpus: 1"):
+        load_sharded(base, recipe_of(), CPU, mesh)
+
+
+# --- whose end it was ---
+
+
+def word(rank: int, code: int) -> Word:
+    return Word(rank, code, json.dumps({"rank": rank}), at=float(rank))
+
+
+@pytest.mark.parametrize(
+    ("words", "killed", "rank", "code"),
+    [
+        ([word(0, ExitCode.SUCCEEDED), word(1, ExitCode.SUCCEEDED)], {}, 0, 0),
+        ([word(0, 1), word(1, ExitCode.OUT_OF_MEMORY)], {}, 1, ExitCode.OUT_OF_MEMORY),
+        ([word(0, ExitCode.INTERRUPTED), word(1, ExitCode.DIVERGED)], {}, 1, ExitCode.DIVERGED),
+        ([word(0, 1)], {1: 9}, 1, 137),
+        ([word(0, ExitCode.INTERRUPTED), word(2, ExitCode.INTERRUPTED)], {1: 9}, 1, 137),
+        ([word(0, ExitCode.INTERRUPTED), word(1, 1)], {}, 0, ExitCode.INTERRUPTED),
+        ([word(0, 1), word(1, 1)], {}, 0, 1),
+        ([word(0, ExitCode.SUCCEEDED), word(1, 1)], {}, 1, 1),
+    ],
+)  # fmt: skip
+def test_the_rank_that_knows_why_speaks_for_all(
+    words: list[Word], killed: dict[int, int], rank: int, code: int
+) -> None:
+    found = cause(words, killed)
+    assert found
+    assert (found.rank, found.code) == (rank, code)
+
+
+def test_ranks_without_a_word_have_no_end_to_tell() -> None:
+    assert cause([], {}) is None
