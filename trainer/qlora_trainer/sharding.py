@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -72,7 +72,7 @@ def units_of(model: Any) -> Iterator[list[nn.Module]]:
 def spare_the_embedding(model: Any) -> None:
     """Have the first layer's backward gather nothing ahead: FSDP2 would gather the embedding, which comes before it and
     has no backward."""
-    first = next(units_of(model))[0]
+    first: Any = next(units_of(model))[0]
     first.set_modules_to_backward_prefetch([first])
 
 
@@ -107,7 +107,8 @@ def _without_weights(base: BaseModel, recipe: Recipe) -> Any:
 def _packed(values: torch.Tensor, recipe: Recipe, storage: torch.dtype, module: Linear4bit | None = None) -> Any:
     """A 4-bit weight of `values`; moved to a device, those of a `module` are quantised there. It is kept in the type of
     all other weights, for FSDP shards no others."""
-    return Params4bit(
+    kind: Any = Params4bit  # made in __new__, by arguments that type checkers take for __init__'s
+    return kind(
         values, requires_grad=False, compress_statistics=recipe.double_quant, quant_type=recipe.quant_type,
         quant_storage=storage, module=module, bnb_quantized=module is None,
     )  # fmt: skip
@@ -149,7 +150,7 @@ class _Reader:
         """They are in no file. The model fills them as after any loading: before the weights, which it fills too."""
         lacking = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in lacking:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=self._device)
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=self._device)
         if lacking:
             with torch.no_grad():
                 model.get_base_model()._init_weights(module)
