@@ -1,0 +1,72 @@
+"""Several processes train one adapter on the real node: two in a pod, and two pods that meet by a headless Service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import gpus, kwok
+from tests.cluster.client import Manifest
+from tests.e2e.conftest import GPU_TAINT, Product, tiny
+from tests.e2e.processes import kill
+
+pytestmark = pytest.mark.e2e
+
+IN_ONE_POD, IN_TWO_PODS = "two-ranks", "two-pods"
+
+
+@pytest.fixture(scope="module")
+def applied(product: Product) -> Iterator[None]:
+    """Both jobs, at the same time. Of the two nodes that the second is planned on one takes no pods, so that both come
+    to lie on the one that is real."""
+    cluster = product.cluster
+    gpus.give(cluster, gpus.A2, 4)
+    labels, room = gpus.labels(gpus.A2, 4), {gpus.RESOURCE: "4", "pods": "0"}
+    full = kwok.create_nodes(cluster, "gpu-full", 1, labels, room, taints=[GPU_TAINT])
+    nvidia = {"accelerator": "nvidia"}
+    product.apply(tiny(IN_ONE_POD, 6, hardware={**nvidia, "gpus": 2}))
+    sharded = tiny(IN_TWO_PODS, 60, hardware={**nvidia, "gpus": 2, "nodes": 2}, checkpoint={"every": "3s"})
+    sharded["spec"]["training"]["offload"] = "parameters"
+    product.apply(sharded)
+    yield
+    kwok.delete_nodes(cluster, full)
+    gpus.give(cluster, gpus.A2, 1)
+
+
+def test_a_rank_that_is_killed_costs_an_attempt_and_the_job_goes_on(product: Product, applied: None) -> None:
+    """FSDP2 over two pods: when one dies the other is stopped, and both go on from the last checkpoint."""
+    cluster, namespace = product.cluster, product.namespace
+
+    def ranks() -> list[Manifest]:
+        return sorted(
+            (pod for pod in product.pods(IN_TWO_PODS, "train") if pod["status"]["phase"] == "Running"),
+            key=lambda pod: pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"],
+        )
+
+    cluster.wait("both pods run", ranks, lambda pods: len(pods) == 2, 400, namespace, 1)
+    cluster.wait(
+        "it has a checkpoint",
+        lambda: product.logs(IN_TWO_PODS, "train"),
+        lambda text: "checkpoint at step" in text and "this rank holds" in text,
+        300,
+        namespace,
+        0.5,
+    )
+    kill(ranks()[1], "qlora_trainer")
+
+    done = product.wait_for(IN_TWO_PODS, "Succeeded", timeout=600)
+    assert (done["status"]["plan"]["sharded"], done["status"]["plan"]["nodes"]) == (True, 2)
+    trainings = [attempt for attempt in done["status"]["attempts"] if attempt["stage"] == "train"]
+    assert [attempt["outcome"] for attempt in trainings][-1] == "Succeeded"
+    assert len(trainings) == 2
+    assert "killed" in trainings[0]["message"]
+    assert "resumed from step" in product.logs(IN_TWO_PODS, "train")
+
+
+def test_two_ranks_in_a_pod_each_have_the_model(product: Product, applied: None) -> None:
+    done = product.wait_for(IN_ONE_POD, "Succeeded", timeout=600)
+    plan = done["status"]["plan"]
+    assert (plan["gpus"], plan["nodes"], plan["sharded"]) == (2, 1, False)
+    assert plan["microBatchSize"] * plan["gradientAccumulation"] * 2 == plan["recipe"]["effectiveBatchSize"]
+    assert [attempt["outcome"] for attempt in done["status"]["attempts"]] == ["Succeeded"] * 3
