@@ -24,32 +24,31 @@ DRA_DRIVER, DRA_NODES = "gpu.nvidia.com", "h200x4"
 
 @dataclass(frozen=True)
 class Kind:
-    """Nodes that are alike: how many there are in a cluster of a thousand nodes, and in a small one."""
+    """Nodes that are alike, and how many of them there are."""
 
     name: str
     described: gpus.Described
-    large: int
-    small: int = 0
+    count: int
     taints: tuple[Manifest, ...] = (NVIDIA_TAINT,)
     labels: dict[str, str] = field(default_factory=dict)
     cordoned: bool = False
 
-    def nodes(self, count: int) -> Iterator[Manifest]:
+    def nodes(self) -> Iterator[Manifest]:
         labels, allocatable = self.described
-        for number in range(count):
+        for number in range(self.count):
             name = f"{PREFIX}-{self.name}-{number}"
             ours = {FLEET: PREFIX} | self.labels
             yield kwok.node(name, labels | ours, allocatable, self.taints, self.cordoned)
 
 
 KINDS = (
-    Kind("h100-blue", gpus.whole(gpus.H100, 8), 40, 4, labels={POOL: "blue"}),
-    Kind("h100-green", gpus.whole(gpus.H100, 8), 40, 4, labels={POOL: "green"}),
-    Kind("h200", gpus.whole(gpus.H200, 8), 24, 4),
-    Kind(DRA_NODES, gpus.whole(gpus.H200, 4), 16, 4),
-    Kind("a100-40gb", gpus.whole(gpus.A100_40GB, 8), 150, 8),
-    Kind("a100-80gb", gpus.whole(gpus.A100_80GB, 8), 100, 4),
-    Kind("l40s", gpus.whole(gpus.L40S, 4), 200, 10),
+    Kind("h100-blue", gpus.whole(gpus.H100, 8), 40, labels={POOL: "blue"}),
+    Kind("h100-green", gpus.whole(gpus.H100, 8), 40, labels={POOL: "green"}),
+    Kind("h200", gpus.whole(gpus.H200, 8), 24),
+    Kind(DRA_NODES, gpus.whole(gpus.H200, 4), 16),
+    Kind("a100-40gb", gpus.whole(gpus.A100_40GB, 8), 150),
+    Kind("a100-80gb", gpus.whole(gpus.A100_80GB, 8), 100),
+    Kind("l40s", gpus.whole(gpus.L40S, 4), 200),
     Kind("rtx-4090", gpus.whole(gpus.RTX_4090, 2), 120),
     Kind("t4", gpus.whole(gpus.T4, 4), 100),
     Kind("v100", gpus.whole(gpus.V100, 4), 20),
@@ -59,23 +58,20 @@ KINDS = (
     Kind("time-sliced", gpus.shared(gpus.A10, 4), 28),
     Kind("cordoned", gpus.whole(gpus.L4, 8), 10, cordoned=True),
     Kind("reserved", gpus.whole(ADA, 4), 10, taints=(NVIDIA_TAINT, RESERVED)),
-    Kind("b200", gpus.whole(gpus.B200, 8), 2, 2),
+    Kind("b200", gpus.whole(gpus.B200, 8), 2),
 )
-SIZES = {
-    "small": [node for kind in KINDS for node in kind.nodes(kind.small)],
-    "large": [node for kind in KINDS for node in kind.nodes(kind.large)],
-}
+NODES = [node for kind in KINDS for node in kind.nodes()]
 #: Bought later.
-LATECOMERS = list(Kind("gb200", gpus.whole(gpus.GB200, 4), 2).nodes(2))
+LATECOMERS = list(Kind("gb200", gpus.whole(gpus.GB200, 4), 2).nodes())
 
 
 @contextmanager
-def up(cluster: Cluster, size: str) -> Iterator[None]:
-    """The fleet of that size, with what its DRA driver publishes; gone afterwards."""
-    names = [node["metadata"]["name"] for node in SIZES[size]]
+def up(cluster: Cluster) -> Iterator[None]:
+    """The fleet, with what its DRA driver publishes; gone afterwards."""
+    names = [node["metadata"]["name"] for node in NODES]
     published = [DEVICE_CLASS, *(_devices(name) for name in names if name.startswith(f"{PREFIX}-{DRA_NODES}-"))]
     try:
-        kwok.create(cluster, SIZES[size], timeout=180)
+        kwok.create(cluster, NODES, timeout=180)
         cluster.apply(*published)
         yield
     finally:

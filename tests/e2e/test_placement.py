@@ -1,4 +1,4 @@
-"""Every job on the nodes that it should be on: a cluster of a thousand nodes of seventeen kinds, and a small one.
+"""Every job on the nodes that it should be on: a cluster of a thousand nodes of seventeen kinds.
 
 kwok plays the nodes' kubelets. All else is real: the operator as its chart installs it, the inspections (on the real
 node, of models that have true headers and no weights), the scheduler that binds the training's pods, the API server
@@ -28,7 +28,7 @@ from tests.e2e.kueue import Kueue
 from tests.e2e.processes import leader, memory_bytes
 from tests.e2e.troubleshooting import is_said
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.soak]
 
 #: The claim with models and data.
 CLAIM = "hollow"
@@ -220,13 +220,11 @@ def directory(model: str) -> str:
     return model.rpartition("/")[2].lower()
 
 
-BOTH = [
+JOBS = [
     job(SEVERAL.name, SEVERAL.model, SEVERAL.length, **SEVERAL.spec),
     job(LARGEST.name, LARGEST.model, LARGEST.length, **LARGEST.spec),
     job(PATIENT, LLAMA_8B, 2048, hardware=products(gpus.B200) | {"gpus": 8}, suspend=True),
     job(BY_DRA, LLAMA_8B, 2048, hardware=products(gpus.H200) | {"gpus": 2, "allocation": "dra"}),
-]
-LARGE_ONLY = [
     job(LATE, LLAMA_8B, 2048, hardware=products(gpus.GB200)),
     job(QUEUED, LLAMA_8B, 2048, hardware=products(gpus.H100), queue={"name": QUEUE}),
     job(REVIEWED, LLAMA_3B, 2048, hardware=products(gpus.L40S), planOnly=True),
@@ -239,23 +237,19 @@ LARGE_ONLY = [
 
 
 @pytest.fixture(scope="module")
-def placement(request: pytest.FixtureRequest, product: Product) -> Iterator[Placement]:
-    """All jobs of the size applied, and the one that waits for GPUs held back."""
-    cluster, is_large = product.cluster, request.param == "large"
-    namespace = f"{product.namespace}-{request.param}"
+def placement(product: Product) -> Iterator[Placement]:
+    """All jobs applied, and the one that waits for GPUs held back."""
+    cluster = product.cluster
+    namespace = f"{product.namespace}-fleet"
     cluster.create_namespace(namespace)
     mine = Product(cluster, product.images, namespace)
-    jobs = BOTH + LARGE_ONLY if is_large else BOTH
     place = volumes.everywhere(cluster, CLAIM, namespace)
     data = (HERE / "train.jsonl").read_text().splitlines()[:40]
     (place / "train.jsonl").write_text("\n".join(data) + "\n")
-    models = {LLAMA_8B, LLAMA_70B, LLAMA_405B}
-    if is_large:
-        models |= {case.model for case in (*PLACED, *HELD)}
-    for model in sorted(models):
+    for model in sorted({LLAMA_8B, LLAMA_70B, LLAMA_405B} | {case.model for case in (*PLACED, *HELD)}):
         hollow.write(place / directory(model), model)
-    with installed(product, is_large), fleet.up(cluster, request.param), kueue.installed(cluster, namespace) as queue:
-        cluster.kubectl("create", "--filename=-", namespace=namespace, stdin=yaml.safe_dump_all(jobs))
+    with installed_as_it_comes(product), fleet.up(cluster), kueue.installed(cluster, namespace) as queue:
+        cluster.kubectl("create", "--filename=-", namespace=namespace, stdin=yaml.safe_dump_all(JOBS))
         try:
             yield Placement(mine, queue)
         finally:
@@ -264,36 +258,22 @@ def placement(request: pytest.FixtureRequest, product: Product) -> Iterator[Plac
 
 
 @contextmanager
-def installed(product: Product, as_it_comes: bool) -> Iterator[None]:
-    """With `as_it_comes` by the chart's defaults, so that what is said is not owed to a resync every few seconds, and
-    so few inspections at once that the operator gets its part of a small machine."""
-    if as_it_comes:
-        install(product.cluster, product.images, {"stageEnv": VALUES["stageEnv"]})
+def installed_as_it_comes(product: Product) -> Iterator[None]:
+    """By the chart's defaults, so that what is said is not owed to a resync every few seconds, and so few inspections at
+    once that the operator gets its part of a small machine."""
+    install(product.cluster, product.images, {"stageEnv": VALUES["stageEnv"]})
     yield
-    if as_it_comes:
-        install(product.cluster, product.images, VALUES)
-
-
-in_both = pytest.mark.parametrize(
-    "placement", ["small", pytest.param("large", marks=pytest.mark.soak)], indirect=True, scope="module"
-)
-
-
-def in_the_large(test: Any) -> Any:
-    """Marks a test that needs the thousand nodes."""
-    return pytest.mark.soak(pytest.mark.parametrize("placement", ["large"], indirect=True, scope="module")(test))
+    install(product.cluster, product.images, VALUES)
 
 
 # --- where they train ---
 
 
-@in_both
 @pytest.mark.parametrize("case", [SEVERAL, LARGEST], ids=lambda case: case.name)
 def test_several_gpus_on_one_node_and_on_two(placement: Placement, case: Case) -> None:
     is_as_it_should_be(placement, case)
 
 
-@in_the_large
 @pytest.mark.parametrize("case", PLACED, ids=lambda case: case.name)
 def test_each_job_trains_where_it_should(placement: Placement, case: Case) -> None:
     is_as_it_should_be(placement, case)
@@ -342,7 +322,6 @@ def is_as_it_should_be(placement: Placement, case: Case) -> None:
         assert ranks == {str(rank) for rank in range(case.nodes)}
 
 
-@in_both
 def test_a_claim_for_devices_is_allocated_by_the_scheduler(placement: Placement) -> None:
     (pod,) = placement.bound(BY_DRA)
     assert pod["spec"]["nodeName"].startswith(f"{fleet.PREFIX}-{fleet.DRA_NODES}-"), "there a driver publishes devices"
@@ -359,7 +338,6 @@ def test_a_claim_for_devices_is_allocated_by_the_scheduler(placement: Placement)
 # --- that wait, and what helps ---
 
 
-@in_both
 def test_a_job_that_waits_for_busy_gpus_is_told_what_to_do_and_that_helps(placement: Placement) -> None:
     """The only nodes with B200s are taken by the largest job."""
     placement.bound(GIANT, 2)
@@ -396,7 +374,6 @@ def test_a_job_that_waits_for_busy_gpus_is_told_what_to_do_and_that_helps(placem
     assert [(a["stage"], a["number"]) for a in status["attempts"] if a["stage"] == "train"] == [("train", 1)]
 
 
-@in_the_large
 @pytest.mark.parametrize("held", HELD, ids=lambda held: held.name)
 def test_what_cannot_be_had_is_said_in_one_sentence(placement: Placement, held: Held) -> None:
     seen = placement.job_once(
@@ -411,7 +388,6 @@ def test_what_cannot_be_had_is_said_in_one_sentence(placement: Placement, held: 
     assert placement.product.pods(held.name, "train") == []
 
 
-@in_the_large
 def test_a_job_that_fits_nowhere_starts_when_nodes_come(placement: Placement) -> None:
     held = placement.job_once(
         LATE,
@@ -426,7 +402,6 @@ def test_a_job_that_fits_nowhere_starts_when_nodes_come(placement: Placement) ->
     assert pod["spec"]["nodeName"] in {node["metadata"]["name"] for node in fleet.LATECOMERS}
 
 
-@in_the_large
 def test_a_plan_alone_rests_ready_until_it_is_to_run(placement: Placement) -> None:
     planned = placement.product.wait_for(REVIEWED, "Planned", timeout=INSPECTED_SECONDS)
     assert condition(planned, "Ready")["status"] == "True"
@@ -438,7 +413,6 @@ def test_a_plan_alone_rests_ready_until_it_is_to_run(placement: Placement) -> No
     assert placement.product.job(REVIEWED)["status"]["plan"] == planned["status"]["plan"]
 
 
-@in_the_large
 def test_a_queue_admits_preempts_and_admits_again(placement: Placement) -> None:
     """The operator leaves the Job alone, says that it is queued, and the training stays the same attempt."""
     cluster, namespace, queue, batch = placement.cluster, placement.namespace, placement.kueue, f"{QUEUED}-train-1"
@@ -477,9 +451,8 @@ def test_a_queue_admits_preempts_and_admits_again(placement: Placement) -> None:
 # --- what it costs ---
 
 
-@in_the_large
 def test_a_thousand_nodes_cost_the_operator_little(placement: Placement) -> None:
-    assert len(fleet.SIZES["large"]) == 1000
+    assert len(fleet.NODES) == 1000
     job = placement.product.job(SEVERAL.name)
     (inspected,) = (a for a in job["status"]["attempts"] if a["stage"] == "inspect")
     planned = _moment(condition(job, "Planned")["lastTransitionTime"])
