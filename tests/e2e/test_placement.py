@@ -259,8 +259,8 @@ def placement(product: Product) -> Iterator[Placement]:
 
 @contextmanager
 def installed_as_it_comes(product: Product) -> Iterator[None]:
-    """By the chart's defaults, so that what is said is not owed to a resync every few seconds, and so few inspections at
-    once that the operator gets its part of a small machine."""
+    """By the chart's defaults, so that what is said is not owed to a resync every few seconds, and with so few
+    inspections at once that the operator gets its part of a small machine."""
     install(product.cluster, product.images, {"stageEnv": VALUES["stageEnv"]})
     yield
     install(product.cluster, product.images, VALUES)

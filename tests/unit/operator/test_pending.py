@@ -98,6 +98,17 @@ def test_of_several_pods_the_first_that_failed_is_whose_end_is_told() -> None:
     assert (seen.exit_code, seen.node) == (13, "node-1"), "the others fail because it did"
 
 
+@pytest.mark.parametrize(("first", "second", "told"), [(1, 13, 13), (14, 137, 137), (1, 137, 137), (13, 12, 13)])
+def test_a_rank_that_knows_why_it_ended_is_told_of_before_one_whose_neighbour_was_gone(
+    first: int, second: int, told: int
+) -> None:
+    """The kubelet writes the ends of pods on several nodes down within the same seconds, in any order."""
+    early, late = "2026-09-01T13:00:00Z", "2026-09-01T13:00:01Z"
+    seen = see(stage_job("Failed"), [pod(0, over(first, early)), pod(1, over(second, late))])
+    assert isinstance(seen, Ended)
+    assert seen.exit_code == told
+
+
 def test_of_several_pods_the_first_ranks_result_counts() -> None:
     seen = see(
         stage_job("Complete"), [pod(1, over(0, "2026-09-01T13:00:00Z")), pod(0, over(0, "2026-09-01T13:00:09Z"))]
