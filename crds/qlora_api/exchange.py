@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -46,6 +47,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 14
     ENVIRONMENT_UNFIT = 15
     STALLED = 16
+    VOLUME_FULL = 17
 
     @property
     def retried(self) -> bool:
@@ -310,24 +312,49 @@ class TrainOrder(OrderEnvelope):
         """Processes that train together."""
         return self.nodes * self.ranks_per_node
 
-    def binding(self) -> str:
-        """What a checkpoint and an adapter are bound to; `sha256:…`.
+    def bound(self) -> dict[str, Any]:
+        """What a checkpoint and an adapter are bound to, fact by fact: name to value.
 
-        Micro-batch, accumulation, checkpoint interval, device, what waits in host memory and Secrets may change under a
-        checkpoint; nothing else.
+        Micro-batch, accumulation, ranks, checkpoint interval, device, what is recomputed or waits in host memory, and
+        Secrets may change under a checkpoint; nothing else. What is at its default is left out, so that a field that
+        a later version adds binds only the jobs that use it.
         """
         unbound = {"secret"}
-        bound = self.model_dump(
+        data = self.data.model_dump(
             mode="json",
             by_alias=True,
-            exclude_none=True,
-            include={"version", "model_digest", "data_digest", "data", "recipe"},
-            exclude={
-                "data": {"train": {"__all__": unbound}, "eval": unbound, "golden": unbound},
-                "recipe": {"offload"},
-            },
+            exclude_defaults=True,
+            exclude={"train": {"__all__": unbound}, "eval": unbound, "golden": unbound, "log_samples": True},
         )
-        return f"sha256:{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()}"
+        recipe = self.recipe.model_dump(
+            mode="json", by_alias=True, exclude_defaults=True, exclude={"offload", "gradient_checkpointing"}
+        )
+        return {
+            "version": self.version,
+            "model": self.model_digest,
+            "dataset": self.data_digest,
+            **_flat("dataset", data),
+            **_flat("recipe", recipe),
+        }
+
+    def binding(self) -> str:
+        """`sha256:…` of `bound`."""
+        return binding_of(self.bound())
+
+
+def binding_of(bound: Mapping[str, Any]) -> str:
+    """`sha256:…` of what `TrainOrder.bound` says."""
+    return f"sha256:{hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()}"
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """`value` taken apart into single facts, named by their paths below `name`."""
+    if isinstance(value, dict):
+        return {path: fact for key, below in value.items() for path, fact in _flat(f"{name}.{key}", below).items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+        return {path: fact for n, item in items for path, fact in _flat(f"{name}[{n}]", item).items()}
+    return {name: value}
 
 
 class MergeOrder(OrderEnvelope):

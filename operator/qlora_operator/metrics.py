@@ -19,7 +19,7 @@ from qlora_api.v1alpha1 import Attempt, JobStatus, Phase
 from qlora_operator.cluster import ApiError
 from qlora_operator.events import ended_between
 from qlora_operator.lifecycle.answers import Outcome
-from qlora_operator.lifecycle.policies import FINISHED
+from qlora_operator.lifecycle.standing import FINISHED
 from qlora_operator.sizing.memory import CONTEXT
 from qlora_operator.workqueue import Key
 

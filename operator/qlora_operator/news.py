@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.v1alpha1 import KIND
-from qlora_operator.lifecycle.policies import FINISHED
+from qlora_operator.lifecycle.standing import FINISHED
 from qlora_operator.manifests.names import JOB_LABEL
 from qlora_operator.workqueue import Key
 

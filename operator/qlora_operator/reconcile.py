@@ -14,9 +14,11 @@ from qlora_operator import events
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.conditions import unreadable
 from qlora_operator.lifecycle.observed import Absent, Job, Observed, Seen, see
-from qlora_operator.lifecycle.policies import FINISHED, call_refused, next_step, output_claim, work_claim
+from qlora_operator.lifecycle.policies import next_step
+from qlora_operator.lifecycle.standing import FINISHED, call_refused
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Stop
 from qlora_operator.lifecycle.tasks import INSPECT, Task, current
+from qlora_operator.lifecycle.volumes import output_claim, work_claim
 from qlora_operator.manifests import attempts
 from qlora_operator.manifests.claims import work_volume_claim
 from qlora_operator.manifests.reporting import Endpoint

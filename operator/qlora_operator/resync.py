@@ -13,7 +13,7 @@ from typing import Any
 from qlora_api.v1alpha1 import KIND
 from qlora_operator.cluster import ApiError, Cluster
 from qlora_operator.lifecycle.observed import moment
-from qlora_operator.lifecycle.policies import FINISHED
+from qlora_operator.lifecycle.standing import FINISHED
 from qlora_operator.news import KINDS, News
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.settings import Settings

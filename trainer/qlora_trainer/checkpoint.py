@@ -1,13 +1,15 @@
 """Checkpoints of a training: written whole or not at all, found again by the attempt that follows.
 
-They lie in `<root>/<binding>/step-…`: a training that is bound to something else (other data, another recipe) has other
-checkpoints and never sees these. Random states are not in them, for every step seeds its own (see training.py).
+They lie in `<root>/<binding>/step-…`. A training that is bound to something else (other data, another recipe) does not
+go on from them, nor begins anew beside them: it is refused, with what differs. Random states are not in them, for every
+step seeds its own (see training.py).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_api.exchange import binding_of
 from qlora_trainer.artifacts import digests_of, whole_directory
 from qlora_trainer.environment import log
+from qlora_trainer.failures import BadInput
 
 _MANIFEST, _ADAPTER, _OPTIMIZER, _PROGRESS = "manifest.json", "adapter.safetensors", "optimizer.pt", "progress.json"
 
@@ -43,15 +47,18 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training, bound to `binding`; the newest `keep` are kept."""
+    """The checkpoints of one training, bound to the facts `bound` (see `TrainOrder`); the newest `keep` are kept.
 
-    def __init__(self, root: Path, binding: str, keep: int) -> None:
-        self.directory = root / binding.removeprefix("sha256:")[:16]
-        self.binding = binding
+    Raises BadInput when there are none of this training but those of another one.
+    """
+
+    def __init__(self, root: Path, bound: Mapping[str, Any], keep: int) -> None:
+        self.binding = binding_of(bound)
+        self.bound = dict(bound)
+        self.directory = root / self.binding.removeprefix("sha256:")[:16]
         self.keep = keep
-        others = sorted(path.name for path in root.glob("*") if path != self.directory) if root.is_dir() else []
-        if others:
-            log.info("not used: checkpoints of another model, data set or recipe in %s", ", ".join(others))
+        if not self._found():
+            _refuse_others(root, self.bound)
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint and remove the oldest beyond `keep`."""
@@ -60,9 +67,13 @@ class Checkpoints:
             save_file(
                 {name: tensor.cpu().contiguous() for name, tensor in checkpoint.adapter.items()}, partial / _ADAPTER
             )
-            torch.save({"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}, partial / _OPTIMIZER)
+            states = {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}
+            with (partial / _OPTIMIZER).open(
+                "wb"
+            ) as file:  # opened here, for then it says itself that there is no room
+                torch.save(states, file)
             (partial / _PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)), encoding="utf-8")
-            manifest = {"binding": self.binding, "files": digests_of(partial)}
+            manifest = {"binding": self.binding, "bound": self.bound, "files": digests_of(partial)}
             (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for old in self._found()[self.keep :]:
             shutil.rmtree(old)
@@ -94,3 +105,30 @@ class Checkpoints:
         found = digests_of(path)
         found.pop(_MANIFEST, None)
         return None if found == manifest.get("files") else "its files are not those of its manifest"
+
+
+def _refuse_others(root: Path, bound: Mapping[str, Any]) -> None:
+    """Raises BadInput when `root` holds checkpoints that can only be of other facts than `bound`."""
+    manifests = sorted(root.glob(f"*/step-*/{_MANIFEST}"))
+    if not manifests:
+        return
+    try:
+        theirs = json.loads(manifests[-1].read_text(encoding="utf-8"))["bound"]
+        what = "; ".join(differences(theirs, bound))
+    except (OSError, ValueError, KeyError, AttributeError):
+        what = "they do not say what"
+    raise BadInput(
+        f"the checkpoints in {root} are of another training: {what}. Put that back, or begin anew: apply the job under "
+        "another name, or remove the checkpoints"
+    )
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What of `theirs` is not so in `ours`, fact by fact; digests by their beginnings."""
+
+    def said(facts: Mapping[str, Any], name: str) -> str:
+        value = facts.get(name, "the default")
+        return value[:19] if isinstance(value, str) and value.startswith("sha256:") else str(value)
+
+    names = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    return [f"{name} {said(theirs, name)} → {said(ours, name)}" for name in names]

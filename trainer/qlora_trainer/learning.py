@@ -14,7 +14,7 @@ from qlora_trainer.adapter import adapter_weights
 from qlora_trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from qlora_trainer.environment import log
 from qlora_trainer.evaluation import mean_loss, micro_batches, summed_loss
-from qlora_trainer.failures import Interrupted
+from qlora_trainer.failures import Interrupted, is_out_of_memory
 from qlora_trainer.health import Health
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.optimization import learning_rate
@@ -110,7 +110,9 @@ def learn(
                 part = summed_loss(model, batch, learning.device) / loss_tokens
                 scaler.scale(part * averaged_over).backward()
                 part_of_loss += part.detach()
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             optimizer.zero_grad()
             if progress.step > saved_step and ranks.size == 1:  # of several, the others are in the midst of the step
                 checkpoint()

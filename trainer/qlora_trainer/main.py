@@ -95,7 +95,7 @@ def main() -> int:
             log.info("%s succeeded: %s", order.stage, in_words(result))
         return ExitCode.SUCCEEDED
     except BaseException as error:  # noqa: BLE001  the one place where every end becomes an exit code and a message
-        code, message = describe(error)
+        code, message = describe(error, order)
         unforeseen = code == 1 and not isinstance(error, StageError)
         log.error("%s", message, exc_info=error if unforeseen or log.isEnabledFor(logging.DEBUG) else None)
         _tell(report_path, code, failed(order, message).fitted() if order else _without_order(message))

@@ -102,7 +102,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=recipe.compute_dtype == "float16")
 
     # where an earlier attempt left off
-    checkpoints = Checkpoints(work_dir / "checkpoints", order.binding(), order.checkpoint_keep)
+    checkpoints = Checkpoints(work_dir / "checkpoints", order.bound(), order.checkpoint_keep)
     progress, resumed_from = Progress(), None
     if checkpoint := checkpoints.newest():
         progress, resumed_from = checkpoint.progress, checkpoint.progress.step

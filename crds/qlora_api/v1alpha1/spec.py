@@ -248,13 +248,18 @@ class Training(SpecPart):
         le=2**32 - 1,
         description="Seed of the order of examples, the dropout and the adapter's start.",
     )
-    gradient_checkpointing: Flag = Field(
-        default=True, description="Recompute activations in the backward pass: a fifth slower, much less memory."
+    gradient_checkpointing: Flag | None = Field(
+        default=None,
+        description="Recompute activations in the backward pass: a fifth slower, much less memory. Absent: yes.",
     )
     attention: Attention | None = Field(
         default=None, description="Attention kernel. Absent: sdpa, or eager where the model caps scores."
     )
-    offload: Offload = Field(default="none", description="What is moved to host memory when GPU memory is short.")
+    offload: Offload | None = Field(
+        default=None,
+        description="What waits in host memory. Absent: nothing, and the activations after running out of GPU memory "
+        "at micro-batch 1.",
+    )
     max_grad_norm: Number = Field(default=1.0, gt=0, le=1000, description="Gradients are clipped to this norm.")
     evals_per_epoch: Integer = Field(
         default=4, ge=0, le=100, description="Evaluations of the held-out loss per epoch, where there is held-out data."
@@ -514,7 +519,7 @@ class Retry(SpecPart):
     on_out_of_memory: OnOutOfMemory = Field(
         default="halveMicroBatch",
         description="When the GPU's memory is exhausted: halveMicroBatch (and double the accumulation, from the last "
-        "checkpoint) or fail.",
+        "checkpoint; at micro-batch 1 what gradientCheckpointing and offload leave open) or fail.",
     )
 
 

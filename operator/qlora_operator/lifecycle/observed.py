@@ -26,6 +26,8 @@ TEMPLATE = "qlora.dev/pod-template"
 INDEX = "batch.kubernetes.io/job-completion-index"
 #: Label of a Job that Kueue admits.
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+#: Why a pod is deleted whose node has stopped answering, by the condition `DisruptionTarget`.
+LOST_NODE = "DeletionByTaintManager"
 #: Phases of a pod that writes no more.
 OVER = ("Succeeded", "Failed")
 #: The kubelet's reasons for a container without an image. It goes back and forth between the first two.
@@ -69,11 +71,15 @@ class Active:
 
 @dataclass(frozen=True)
 class Ended:
-    """The attempt's Job is over. Without a `report` the container wrote none: it was killed, or its pod is gone."""
+    """The attempt's Job is over. Without a `report` the container wrote none: it was killed, or its pod is gone.
+
+    `reason` is the kubelet's word for the end, of the container or, where none was started, of the pod.
+    """
 
     succeeded: bool
     pod_gone: bool = False
     exit_code: int | None = None
+    reason: str = ""
     report: Report | None = None
     detail: str = ""
     node: str | None = None
@@ -172,6 +178,8 @@ def _of_pod(name: str, pod: Raw | None) -> Active:
     status = pod.get("status", {})
     node = pod.get("spec", {}).get("nodeName")
     started = moment(status.get("startTime"))
+    if left := _leaves_its_node(pod):
+        return Active(node, started, left, reason=Wait.NODE)
     for container in _stage_containers(pod):
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") in NO_IMAGE:
@@ -184,6 +192,18 @@ def _of_pod(name: str, pod: Raw | None) -> Active:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return _unscheduled(node, condition.get("message", ""))
     return Active(node, started, "the container is being created")
+
+
+def _leaves_its_node(pod: Raw) -> str | None:
+    """Why a pod that is to leave its node is still there: that it ended only the kubelet can say, which may be gone."""
+    conditions = pod.get("status", {}).get("conditions", ())
+    taken = any(c["type"] == "DisruptionTarget" and c.get("reason") == LOST_NODE for c in conditions)
+    if not taken or "deletionTimestamp" not in pod["metadata"]:
+        return None
+    return (
+        f"its node {pod['spec']['nodeName']} was lost or is tainted, and the pod has not ended there; if the node does "
+        "not come back, delete it, or taint it node.kubernetes.io/out-of-service"
+    )
 
 
 def _no_image(image: str, waiting: Raw) -> str:
@@ -222,8 +242,9 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
         (c["state"]["terminated"] for c in _stage_containers(pod) if "terminated" in c.get("state", {})), None
     )
     if terminated is None:
+        reason = pod.get("status", {}).get("reason", "")
         detail = pod.get("status", {}).get("message") or verdict.get("message", "")
-        return Ended(succeeded, detail=detail, node=node, started=started, ended=over)
+        return Ended(succeeded, reason=reason, detail=detail, node=node, started=started, ended=over)
     text = terminated.get("message", "")
     try:
         report, detail = parse_report(text), ""
@@ -232,6 +253,7 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
     return Ended(
         succeeded,
         exit_code=terminated.get("exitCode"),
+        reason=terminated.get("reason", ""),
         report=report,
         detail=detail,
         node=node,
@@ -243,8 +265,10 @@ def _ended(job: Raw, pod: Raw | None, *, succeeded: bool) -> Ended:
 def _without_a_word(terminated: Raw) -> str:
     """Why a container ended that wrote no report."""
     reason, code = terminated.get("reason", ""), terminated.get("exitCode")
-    if code == KILLED and reason == "OOMKilled":
+    if reason == "OOMKilled":
         return "OOMKilled: the node or the container's limit had no memory left for it"
+    if reason not in ("", "Error", "Completed"):  # then the message is the kubelet's or the runtime's
+        return f"{reason}: {terminated.get('message', '')}".rstrip(": ")
     if code == KILLED:
         return "killed from outside (SIGKILL)"
     return reason

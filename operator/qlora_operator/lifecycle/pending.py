@@ -14,6 +14,7 @@ class Wait(StrEnum):
     HOST_MEMORY = "InsufficientHostMemory"
     CPU = "InsufficientCPU"
     NODES = "NoMatchingNode"
+    NODE = "NodeLost"
     VOLUME = "VolumeUnavailable"
     CLAIM = "ClaimMissing"
     IMAGE = "ImageNotPulled"

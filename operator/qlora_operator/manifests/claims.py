@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_operator.lifecycle.observed import Job
-from qlora_operator.lifecycle.policies import work_claim
+from qlora_operator.lifecycle.volumes import work_claim
 from qlora_operator.manifests.names import child_metadata
 from qlora_operator.placement.flavours import MIB
 from qlora_operator.settings import Settings

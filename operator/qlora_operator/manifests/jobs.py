@@ -18,15 +18,18 @@ from qlora_api.exchange import (
     is_claim,
 )
 from qlora_api.v1alpha1 import spec
-from qlora_operator.lifecycle.answers import Outcome
+from qlora_operator.lifecycle.answers import ANOTHER_NODE
+from qlora_operator.lifecycle.attempting import template_of
+from qlora_operator.lifecycle.changes import memory_factor
 from qlora_operator.lifecycle.observed import CONTAINER, QUEUE_LABEL, TEMPLATE, Job
-from qlora_operator.lifecycle.policies import template_of, work_claim
 from qlora_operator.lifecycle.tasks import TRAIN, Task, ended
+from qlora_operator.lifecycle.volumes import work_claim
 from qlora_operator.manifests import gpus, ranks, reporting
 from qlora_operator.manifests.names import child_metadata, labels
 from qlora_operator.manifests.orders import ORDER_KEY
 from qlora_operator.manifests.reporting import Endpoint
 from qlora_operator.placement.flavours import MIB
+from qlora_operator.placement.nodes import amount
 from qlora_operator.planner import CPU, GPU_TOLERATIONS
 from qlora_operator.settings import Settings
 
@@ -164,22 +167,24 @@ def _pod(job: Job, task: Task, order: str, settings: Settings, endpoint: Endpoin
 
 
 def _resources(job: Job, task: Task, settings: Settings, *, on_gpu: bool) -> dict[str, Any]:
-    if task.stage is not Stage.TRAIN:
-        stage = settings.cpu_stages
-        return {"requests": dict(stage.requests), "limits": dict(stage.limits)}
-    requests, limits = dict(settings.train_stage.requests), dict(settings.train_stage.limits)
-    plan = job.status.plan
+    stage = settings.train_stage if task.stage is Stage.TRAIN else settings.cpu_stages
+    requests, limits = dict(stage.requests), dict(stage.limits)
+    plan = job.status.plan if task.stage is Stage.TRAIN else None
     if plan is not None:
         requests["memory"] = f"{-(-plan.host_memory_bytes // MIB)}Mi"
-        if on_gpu:
-            limits |= gpus.limits(plan, job)
+    if (factor := memory_factor(job, task)) > 1:
+        for amounts in (requests, limits):
+            if "memory" in amounts:
+                amounts["memory"] = f"{round(amount(amounts['memory']) * factor / MIB)}Mi"
+    if plan is not None and on_gpu:
+        limits |= gpus.limits(plan, job)
     claims = {"claims": [{"name": gpus.CLAIM}]} if on_gpu and gpus.uses_dra(job) else {}
     return {"requests": requests, "limits": limits, **claims}
 
 
 def _unfit_nodes(job: Job, task: Task) -> list[str]:
-    """Nodes that an attempt at the task has found unfit, sorted."""
-    unfit = (a.node for a in ended(job.status, task) if a.outcome == Outcome.ENVIRONMENT_UNFIT and a.node)
+    """Nodes on which an attempt at the task has ended such that another one is to be preferred, sorted."""
+    unfit = (a.node for a in ended(job.status, task) if a.outcome in ANOTHER_NODE and a.node)
     return sorted(set(unfit))
 
 

@@ -24,8 +24,9 @@ from qlora_api.exchange import (
 )
 from qlora_api.v1alpha1 import Artifact, Attempt, JobStatus, MemoryItem, MemoryPlan, Plan, QLoRAJob, WorkVolume
 from qlora_operator.lifecycle.observed import Ended, Job, Observed, Seen
-from qlora_operator.lifecycle.policies import output_claim, planned_for, work_claim
+from qlora_operator.lifecycle.planning import planned_for
 from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task
+from qlora_operator.lifecycle.volumes import output_claim, work_claim
 from qlora_operator.placement.inventory import Inventory
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)

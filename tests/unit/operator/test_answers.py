@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,19 +11,20 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 
 from qlora_api.exchange import ExitCode
-from qlora_api.v1alpha1 import Attempt, Retry
+from qlora_api.v1alpha1 import Attempt, JobSpec, Plan, Retry
 from qlora_operator.lifecycle.answers import (
+    ANSWERS,
     COUNTED,
     FOR_GOOD,
     Again,
-    AgainWithHalfTheMicroBatch,
     GiveUp,
     Outcome,
     answer,
     outcome,
 )
 from qlora_operator.lifecycle.observed import Ended
-from qlora_operator.planner import with_half_the_micro_batch
+from qlora_operator.placement.inventory import Inventory
+from qlora_operator.planner import Installation, Smaller, after_out_of_memory, resized, with_less_memory
 from tests.unit.operator import given
 from tests.unit.operator.given import TRAIN
 
@@ -35,7 +37,17 @@ OUTCOMES = [
     pytest.param(given.exited(15), "EnvironmentUnfit", id="environment unfit"),
     pytest.param(given.exited(1), "Crashed", id="a Python traceback"),
     pytest.param(given.exited(2), "Crashed", id="a usage error"),
-    pytest.param(Ended(False, exit_code=137, detail="OOMKilled"), "Crashed", id="killed by the kernel"),
+    pytest.param(given.exited(16), "Stalled", id="no step for too long"),
+    pytest.param(given.exited(17), "VolumeFull", id="no room on a volume"),
+    pytest.param(Ended(False, exit_code=137, reason="OOMKilled"), "HostOutOfMemory", id="killed by the kernel"),
+    pytest.param(Ended(False, exit_code=1, reason="OOMKilled"), "HostOutOfMemory", id="one of its processes was"),
+    pytest.param(replace(given.exited(13), reason="OOMKilled"), "OutOfMemory", id="what it says itself goes before"),
+    pytest.param(Ended(False, exit_code=137, reason="Error"), "Crashed", id="killed by somebody"),
+    pytest.param(Ended(False, exit_code=137, reason="ContainerStatusUnknown"), "NodeLost", id="the node restarted"),
+    pytest.param(Ended(False, exit_code=255, reason="Unknown"), "NodeLost", id="as containerd has it"),
+    pytest.param(Ended(False, reason="NodeLost"), "NodeLost", id="the node is gone"),
+    pytest.param(Ended(False, exit_code=128, reason="StartError"), "EnvironmentUnfit", id="could not be started"),
+    pytest.param(Ended(False, reason="UnexpectedAdmissionError"), "EnvironmentUnfit", id="the kubelet refused it"),
     pytest.param(Ended(False, exit_code=143), "Crashed", id="SIGTERM not handled"),
     pytest.param(Ended(False, exit_code=0), "Crashed", id="exit 0 of a Job that failed all the same"),
     pytest.param(Ended(False, detail="Evicted"), "Crashed", id="a pod without a container's end"),
@@ -74,44 +86,43 @@ def seconds(n: float) -> Again:
 
 
 RETRY = Retry(max_restarts=3)
-ANSWERS: list[Any] = [
-    # what happened, retry, micro-batch, what follows
-    pytest.param(failed("BadInput"), RETRY, 8, "BadInput", id="bad input never again"),
-    pytest.param(failed("GateFailed"), RETRY, 8, "GateFailed", id="a failed gate never again"),
-    pytest.param(failed("Diverged"), RETRY, 8, "Diverged", id="a divergence would repeat itself"),
-    pytest.param(failed("Interrupted"), Retry(max_restarts=0), 8, seconds(2), id="an interruption is nobody's fault"),
-    pytest.param(failed(*["Interrupted"] * 3), RETRY, 8, seconds(8), id="three in a row: not a busy loop"),
-    pytest.param(failed(*["Interrupted"] * 50), Retry(max_restarts=0), 8, seconds(300), id="however often"),
-    pytest.param(failed("Interrupted", "Crashed", "Interrupted"), RETRY, 8, seconds(2), id="only those in a row count"),
-    pytest.param(failed("Crashed"), RETRY, 8, seconds(10), id="first crash"),
-    pytest.param(failed("Crashed", "Crashed"), RETRY, 8, seconds(20), id="second crash"),
-    pytest.param(failed("Crashed", "ResultLost", "EnvironmentUnfit"), RETRY, 8, seconds(40), id="third failure"),
-    pytest.param(failed(*["Crashed"] * 4), RETRY, 8, "TooManyRestarts", id="fourth: given up"),
-    pytest.param(failed(*["Crashed"] * 6), Retry(max_restarts=100), 8, seconds(300), id="the back-off has an end"),
-    pytest.param(failed(*["Crashed"] * 100), Retry(max_restarts=100), 8, seconds(300), id="after a hundred too"),
-    pytest.param(failed("Crashed"), Retry(max_restarts=0), 8, "TooManyRestarts", id="no restarts allowed"),
+NEVER = Retry(max_restarts=0)
+ANSWER: list[Any] = [
+    # what happened, retry, what follows
+    pytest.param(failed("BadInput"), RETRY, "BadInput", id="bad input never again"),
+    pytest.param(failed("GateFailed"), RETRY, "GateFailed", id="a failed gate never again"),
+    pytest.param(failed("Diverged"), RETRY, "Diverged", id="a divergence would repeat itself"),
+    pytest.param(failed("VolumeFull"), RETRY, "VolumeFull", id="a full volume stays full"),
+    pytest.param(failed("Interrupted"), NEVER, seconds(2), id="an interruption is nobody's fault"),
+    pytest.param(failed(*["Interrupted"] * 3), RETRY, seconds(8), id="three in a row: not a busy loop"),
+    pytest.param(failed(*["Interrupted"] * 50), NEVER, seconds(300), id="however often"),
+    pytest.param(failed("Interrupted", "Crashed", "Interrupted"), RETRY, seconds(2), id="only those in a row count"),
+    pytest.param(failed("NodeLost"), NEVER, seconds(2), id="nor is a node's end"),
+    pytest.param(failed("NodeLost", "NodeLost"), NEVER, seconds(4), id="twice"),
+    pytest.param(failed("Crashed"), RETRY, seconds(10), id="first crash"),
+    pytest.param(failed("Crashed", "Crashed"), RETRY, seconds(20), id="second crash"),
+    pytest.param(failed("Crashed", "ResultLost", "EnvironmentUnfit"), RETRY, seconds(40), id="third failure"),
+    pytest.param(failed("Stalled"), RETRY, seconds(10), id="a standstill is tried again"),
+    pytest.param(failed("Stalled"), NEVER, "TooManyRestarts", id="and counts"),
+    pytest.param(failed(*["Crashed"] * 4), RETRY, "TooManyRestarts", id="fourth: given up"),
+    pytest.param(failed("Crashed", "Stalled", "EnvironmentUnfit", "ResultLost"), RETRY, "TooManyRestarts", id="mixed"),
+    pytest.param(failed(*["Crashed"] * 6), Retry(max_restarts=100), seconds(300), id="the back-off has an end"),
+    pytest.param(failed(*["Crashed"] * 100), Retry(max_restarts=100), seconds(300), id="after a hundred too"),
+    pytest.param(failed("Crashed"), NEVER, "TooManyRestarts", id="no restarts allowed"),
     pytest.param(
-        failed("Interrupted", "Crashed", "Interrupted", "Crashed"), RETRY, 8, seconds(20), id="interruptions do not add"
+        failed("Interrupted", "Crashed", "Interrupted", "Crashed"), RETRY, seconds(20), id="interruptions do not add"
     ),
-    pytest.param(failed("OutOfMemory", "Crashed"), RETRY, 8, seconds(10), id="nor does out of memory"),
-    pytest.param(
-        failed("OutOfMemory"), RETRY, 8, AgainWithHalfTheMicroBatch(timedelta()), id="out of memory: half"
-    ),
-    pytest.param(failed("OutOfMemory"), RETRY, 2, AgainWithHalfTheMicroBatch(timedelta()), id="down to 1"),
-    pytest.param(failed("OutOfMemory"), RETRY, 1, "OutOfMemory", id="at 1 there is no half"),
-    pytest.param(failed("OutOfMemory", change="8 → 4"), RETRY, 1, seconds(0), id="halved already: just again"),
-    pytest.param(
-        failed("OutOfMemory"), Retry(on_out_of_memory="fail"), 8, "OutOfMemory", id="onOutOfMemory: fail is obeyed"
-    ),
-    pytest.param(failed("OutOfMemory"), RETRY, None, "OutOfMemory", id="a stage without a micro-batch"),
+    pytest.param(failed("OutOfMemory", "Crashed"), RETRY, seconds(10), id="nor does out of memory"),
+    pytest.param(failed("OutOfMemory", change="8 → 4"), NEVER, seconds(0), id="with a change: at once"),
+    pytest.param(failed("OutOfMemory"), RETRY, "OutOfMemory", id="nothing left to change"),
+    pytest.param(failed("HostOutOfMemory", change="6 → 9 GiB"), NEVER, seconds(0), id="more host memory: at once"),
+    pytest.param(failed("HostOutOfMemory"), RETRY, "HostOutOfMemory", id="no more to be had"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("attempts", "retry", "micro_batch_size", "expected"), ANSWERS)
-def test_what_follows(
-    attempts: list[Attempt], retry: Retry, micro_batch_size: int | None, expected: Again | str
-) -> None:
-    verdict = answer(attempts, retry, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize(("attempts", "retry", "expected"), ANSWER)
+def test_what_follows(attempts: list[Attempt], retry: Retry, expected: Again | str) -> None:
+    verdict = answer(attempts, retry)
     if isinstance(expected, str):
         assert isinstance(verdict, GiveUp)
         assert verdict.reason == expected
@@ -119,22 +130,24 @@ def test_what_follows(
         assert verdict == expected
 
 
+def test_each_row_of_the_table_is_tested() -> None:
+    ends = {param.values[0][-1].outcome for param in ANSWER}
+    assert ends == set(ANSWERS) == set(Outcome) - {Outcome.SUCCEEDED}
+
+
 MESSAGES = [
-    (failed("BadInput", message="line 812: role"), 8, ["support-bot-train-1 refused its input", "line 812: role"]),
-    (failed("OutOfMemory"), 1, ["ran out of GPU memory", "use a larger GPU or a shorter maxLength"]),
+    (failed("BadInput", message="line 812: role"), ["support-bot-train-1 refused its input", "line 812: role"]),
+    (failed("VolumeFull", message="20 GiB"), ["support-bot-train-1 found a volume full: 20 GiB"]),
     (
         failed(*["Crashed"] * 4, message="boom"),
-        8,
         ["support-bot-train-4 crashed: boom", "restarted 3 times", "spec.retry.maxRestarts"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("attempts", "micro_batch_size", "parts"), MESSAGES)
-def test_a_user_reads_which_attempt_failed_why_and_what_to_do(
-    attempts: list[Attempt], micro_batch_size: int, parts: list[str]
-) -> None:
-    verdict = answer(attempts, RETRY, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize(("attempts", "parts"), MESSAGES)
+def test_a_user_reads_which_attempt_failed_why_and_what_to_do(attempts: list[Attempt], parts: list[str]) -> None:
+    verdict = answer(attempts, RETRY)
     assert isinstance(verdict, GiveUp)
     assert [part for part in parts if part not in verdict.message] == []
 
@@ -144,14 +157,17 @@ def test_a_user_reads_which_attempt_failed_why_and_what_to_do(
         st.sampled_from(sorted(Outcome)).filter(lambda how: how is not Outcome.SUCCEEDED), min_size=1, max_size=130
     ),
     st.integers(0, 100),
-    st.sampled_from([1, 2, 8]),
+    st.sampled_from([None, "something"]),
 )
-def test_there_is_always_an_answer_and_restarts_are_bounded(how: list[Outcome], most: int, size: int) -> None:
-    verdict = answer(failed(*how), Retry(max_restarts=most), micro_batch_size=size)
+def test_there_is_always_an_answer_and_restarts_are_bounded(how: list[Outcome], most: int, change: str | None) -> None:
+    verdict = answer(failed(*how, change=change), Retry(max_restarts=most))
     if isinstance(verdict, Again):
         assert how[-1] not in COUNTED or sum(one in COUNTED for one in how) <= most
+        assert how[-1] not in FOR_GOOD
         assert timedelta() <= verdict.delay <= timedelta(minutes=5)
 
+
+# --- less GPU memory ---
 
 HALVES = [
     # effective batch, micro-batch, the next
@@ -171,7 +187,7 @@ HALVES = [
 def test_half_the_micro_batch_keeps_the_effective_batch(effective: int, size: int, expected: int) -> None:
     plan = given.plan(given.job(), micro_batch_size=size, effective_batch_size=effective)
 
-    after = with_half_the_micro_batch(plan, given.inspection())
+    after = lessened(given.job().spec, plan).plan
 
     assert after.micro_batch_size == expected
     assert after.micro_batch_size * after.gradient_accumulation == effective
@@ -180,13 +196,110 @@ def test_half_the_micro_batch_keeps_the_effective_batch(effective: int, size: in
     assert after.memory.total_bytes == sum(item.bytes for item in after.memory.items)
 
 
+def lessened(spec: JobSpec, plan: Plan) -> Smaller:
+    smaller = with_less_memory(spec, plan, given.inspection())
+    assert smaller is not None
+    return smaller
+
+
+LADDERS: list[Any] = [
+    # what the spec says, whether activations are recomputed at first, what is changed from attempt to attempt
+    pytest.param({}, True, [
+        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
+        "offload none → activations",
+    ], id="left open"),
+    pytest.param({}, False, [
+        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
+        "gradient checkpointing off → on", "offload none → activations",
+    ], id="activations were kept"),
+    pytest.param({"training.offload": "none"}, True, [
+        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
+    ], id="no offload allowed"),
+    pytest.param({"training.gradientCheckpointing": False}, False, [
+        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
+    ], id="no recomputation allowed, and so nothing to offload"),
+    pytest.param({"hardware.accelerator": "cpu"}, True, [
+        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
+    ], id="on the CPU there is nowhere to offload to"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "recomputed", "expected"), LADDERS)
+def test_the_way_down(edits: dict[str, Any], recomputed: bool, expected: list[str]) -> None:
+    job = given.job(edits)
+    plan = given.plan(job, micro_batch_size=4)
+    plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"gradient_checkpointing": recomputed})})
+    plan = resized(plan, given.inspection(), plan.recipe, 4)
+    found: list[str] = []
+    while smaller := with_less_memory(job.spec, plan, given.inspection()):
+        found.append(smaller.change)
+        assert smaller.plan.memory.total_bytes < plan.memory.total_bytes, smaller.change
+        learned = {"offload", "gradient_checkpointing"}
+        assert smaller.plan.recipe.model_dump(exclude=learned) == plan.recipe.model_dump(exclude=learned)
+        plan = smaller.plan
+    assert found == expected
+
+
+def test_what_is_offloaded_needs_host_memory() -> None:
+    job = given.job()
+    plan = resized(given.plan(job), given.inspection(), given.recipe(), 1)
+    smaller = lessened(job.spec, plan)
+    assert smaller.plan.recipe.offload == "activations"
+    assert smaller.plan.host_memory_bytes > plan.host_memory_bytes
+
+
+def test_several_gpus_share_the_effective_batch() -> None:
+    job = given.job()
+    plan = given.plan(job, gpus=4, gpus_per_node=4, micro_batch_size=4, gradient_accumulation=2)
+    after = lessened(job.spec, plan).plan
+    assert (after.micro_batch_size, after.gradient_accumulation) == (2, 4)
+    assert after.micro_batch_size * after.gradient_accumulation * 4 == plan.recipe.effective_batch_size
+
+
 @for_all(st.integers(2, 5000), st.data())
 def test_halving_ends_at_one_and_never_drifts(effective: int, data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([n for n in range(1, effective + 1) if effective % n == 0]))
     plan = given.plan(given.job(), micro_batch_size=size, effective_batch_size=effective)
     while plan.micro_batch_size > 1:
         before = plan
-        plan = with_half_the_micro_batch(plan, given.inspection())
+        plan = lessened(given.job().spec, plan).plan
         assert plan.micro_batch_size <= max(1, before.micro_batch_size // 2)
         assert plan.micro_batch_size * plan.gradient_accumulation == effective
         assert before.micro_batch_size == size or plan.memory.total_bytes < before.memory.total_bytes
+
+
+# --- what a user can do at the end ---
+
+CURES: list[Any] = [
+    # what the spec says, the nodes there are, what is advised, and what is not
+    pytest.param({}, [given.L40S, given.H100], [
+        "the micro-batch was 1", "dataset.maxLength below 512", "hardware.gpuProducts [NVIDIA-H100-80GB-HBM3] (lora",
+    ], ["L40S", "offload", "gradientCheckpointing", "hardware.gpus"], id="a larger GPU is there"),
+    pytest.param({}, [given.L40S, given.A10], ["hardware.gpus 2"], ["gpuProducts"], id="there is none"),
+    pytest.param({"hardware.gpuProducts": ["NVIDIA-L40S"]}, [given.L40S, given.H100], [
+        "hardware.gpuProducts [NVIDIA-H100-80GB-HBM3]",
+    ], [], id="one that the job does not ask for"),
+    pytest.param({"training.gradientCheckpointing": False, "training.offload": "none"}, [given.L40S], [
+        "training.gradientCheckpointing left out", "training.offload left out",
+    ], [], id="what the spec has ruled out"),
+    pytest.param({"hardware.accelerator": "cpu"}, [given.L40S], ["nodes with more memory"], ["hardware.gpus"],
+                 id="on the CPU"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "nodes", "advised", "not_advised"), CURES)
+def test_what_would_do_instead(
+    edits: dict[str, Any], nodes: list[tuple[str, int]], advised: list[str], not_advised: list[str]
+) -> None:
+    job = given.job(edits)
+    inventory = Inventory.of([given.gpu_node(f"node-{n}", *one) for n, one in enumerate(nodes)])
+    plan = given.plan(job, micro_batch_size=1)
+    text = after_out_of_memory(job.spec, given.inspection(), plan, inventory, Installation())
+    assert [part for part in advised if part not in text] == [], text
+    assert [part for part in not_advised if part in text] == [], text
+
+
+def test_a_job_that_does_not_allow_a_smaller_micro_batch_is_told_so() -> None:
+    job = given.job({"retry.onOutOfMemory": "fail"})
+    text = after_out_of_memory(job.spec, given.inspection(), given.plan(job), Inventory(), Installation())
+    assert "the micro-batch was 8; apply it anew with retry.onOutOfMemory left out" in text

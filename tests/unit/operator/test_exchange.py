@@ -227,7 +227,7 @@ MAY_CHANGE: dict[str, Any] = {
     "work_dir": "/work/elsewhere",
     "model_secret": "another",
     "data": DATA.model_copy(update={"train": [DATA.train[0].model_copy(update={"secret": "another"})]}),
-    "recipe": TRAIN_ORDER.recipe.model_copy(update={"offload": "activations"}),
+    "recipe": TRAIN_ORDER.recipe.model_copy(update={"offload": "activations", "gradient_checkpointing": False}),
 }
 MAY_NOT: dict[str, Any] = {
     "model_digest": "sha256:other",
@@ -242,9 +242,19 @@ def test_a_checkpoint_survives_a_change_of(field: str) -> None:
     assert TRAIN_ORDER.model_copy(update={field: MAY_CHANGE[field]}).binding() == TRAIN_ORDER.binding()
 
 
-def test_jobs_without_secrets_keep_the_checkpoints_of_before_there_were_any() -> None:
-    """The digest of this very order, as releases before credentialsSecretRef wrote it."""
-    assert TRAIN_ORDER.binding() == "sha256:14adc6739e72293e6d1ef64c1d5f51a9c9ab282eb90fe974967e19430e1f481d"
+def test_the_binding_of_an_order_stays_what_it_was() -> None:
+    """The digest of this very order. A change here takes every training on its way its checkpoints: add fields of the
+    recipe with a default that means what was done before, and they bind nobody who does not use them."""
+    assert TRAIN_ORDER.binding() == "sha256:8c5214387181d993d6d267bf143f8a9141cf33bf366739a880558b918794def7"
+
+
+def test_what_differs_can_be_named() -> None:
+    """Each bound fact has a name that a user knows from the spec or from the plan."""
+    bound = TRAIN_ORDER.bound()
+    assert (bound["model"], bound["dataset"]) == (TRAIN_ORDER.model_digest, TRAIN_ORDER.data_digest)
+    assert bound["dataset.train[0].uri"] == DATA.train[0].uri
+    assert bound["recipe.rank"] == 16
+    assert "recipe.rslora" not in bound, "at its default"
 
 
 @pytest.mark.parametrize("field", MAY_NOT)
@@ -252,9 +262,10 @@ def test_a_checkpoint_is_not_taken_for_one_of_another(field: str) -> None:
     assert TRAIN_ORDER.model_copy(update={field: MAY_NOT[field]}).binding() != TRAIN_ORDER.binding()
 
 
-def test_every_field_of_the_recipe_binds_but_where_things_wait() -> None:
+def test_every_field_of_the_recipe_binds_but_what_is_kept_where() -> None:
     order = TRAIN_ORDER.model_copy(update={"recipe": given.recipe(max_steps=5)})
-    for name in Recipe.model_fields.keys() - {"offload"}:  # where a tensor lies changes nothing of what is learned
+    # where a tensor lies, or that it is computed twice, changes nothing of what is learned
+    for name in Recipe.model_fields.keys() - {"offload", "gradient_checkpointing"}:
         recipe = order.recipe.model_copy(update={name: "something else"})
         with warnings.catch_warnings():  # it is dumped, not validated: any other value will do
             warnings.simplefilter("ignore", UserWarning)

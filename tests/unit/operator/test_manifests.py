@@ -23,7 +23,7 @@ from qlora_api.exchange import (
     mounted_path,
     parse_order,
 )
-from qlora_api.v1alpha1 import QLoRAJob
+from qlora_api.v1alpha1 import Attempt, QLoRAJob
 from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.tasks import INSPECT, MERGE, TRAIN, Task, tasks
 from qlora_operator.manifests import attempts
@@ -428,9 +428,32 @@ def test_the_order_mounts_alone_where_the_stage_reads_it() -> None:
 def test_another_node_is_preferred_to_those_found_unfit() -> None:
     unfit = given.attempt(TRAIN, 1, "EnvironmentUnfit", node="gpu-7")
     crashed = given.attempt(TRAIN, 2, "Crashed", node="gpu-8")
-    job = given.history(given.job(), INSPECT, before=[unfit, crashed])
-    affinity = stage_job(job, TRAIN, 3, PLAIN)["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    stalled = given.attempt(TRAIN, 3, "Stalled", node="gpu-9")
+    job = given.history(given.job(), INSPECT, before=[unfit, crashed, stalled])
+    affinity = stage_job(job, TRAIN, 4, PLAIN)["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
     (preferred,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
     (expression,) = preferred["preference"]["matchExpressions"]
-    assert expression == {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["gpu-7"]}
+    assert expression == {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["gpu-7", "gpu-9"]}
     assert "requiredDuringSchedulingIgnoredDuringExecution" in affinity, "the flavour is still asked for"
+
+
+@pytest.mark.parametrize(
+    ("task", "before", "requested", "limit"),
+    [
+        (TRAIN, [given.attempt(TRAIN, 1, "HostOutOfMemory", change="more")], "9216Mi", "12288Mi"),
+        (TRAIN, [given.attempt(TRAIN, 1, "HostOutOfMemory")], "6144Mi", "8Gi"),
+        (MERGE, [given.attempt(MERGE, 1, "HostOutOfMemory", change="more")], "3072Mi", "6144Mi"),
+        (MERGE, [given.attempt(TRAIN, 1, "HostOutOfMemory", change="more")], "2Gi", "4Gi"),
+    ],
+    ids=["killed for want of it", "and no more to be had", "a stage without a plan", "another stage's lack"],
+)
+def test_after_being_killed_for_want_of_memory_a_stage_asks_for_half_as_much_again(
+    task: Task, before: list[Attempt], requested: str, limit: str
+) -> None:
+    stages = {"cpuStages": {"requests": {"memory": "2Gi"}, "limits": {"memory": "4Gi"}}}
+    settings = Settings.model_validate(
+        {"trainerImage": "trainer:1", "trainStage": {"limits": {"memory": "8Gi"}}, **stages}
+    )
+    job = given.history(given.job({"output.formats": given.BOTH}), INSPECT, before=before)
+    resources = stage_job(job, task, 2, settings)["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert (resources["requests"]["memory"], resources["limits"]["memory"]) == (requested, limit)

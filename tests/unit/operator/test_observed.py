@@ -63,6 +63,13 @@ def terminated(code: int, message: str | None = None, *, created: str = STARTED,
     return pod({"terminated": end}, created=created, phase="Succeeded" if code == 0 else "Failed")
 
 
+def lost_node(*, deleted: bool = True) -> Raw:
+    """A pod whose node has stopped answering, five minutes later."""
+    taken = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+    left = pod(RUNNING, conditions=[taken])
+    return left | {"metadata": left["metadata"] | ({"deletionTimestamp": OVER} if deleted else {})}
+
+
 def no_image(why: str) -> str:
     return (
         f"its image trainer:2 cannot be pulled ({why}); if spec.podTemplate.image is wrong, suspend the job, "
@@ -72,6 +79,7 @@ def no_image(why: str) -> str:
 
 FULL_NODES = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 RUNNING = {"running": {"startedAt": STARTED}}
+GONE = "The container could not be located when the pod was terminated"
 REPORT = given.report(TRAIN)
 FAILURE = given.report(TRAIN, failure="line 3: no role")
 SIDECAR = {"name": "istio-proxy", "state": {"running": {"startedAt": STARTED}}}
@@ -147,19 +155,41 @@ CASES: list[Any] = [
     ),
     pytest.param(
         stage_job("Failed"), [terminated(137, reason="OOMKilled")],
-        Ended(False, exit_code=137, detail="OOMKilled: the node or the container's limit had no memory left for it",
-              node="node-1", started=AT_START, ended=AT_FINISH),
+        Ended(False, exit_code=137, reason="OOMKilled", node="node-1", started=AT_START, ended=AT_FINISH,
+              detail="OOMKilled: the node or the container's limit had no memory left for it"),
         id="killed by the kernel: no report",
     ),
     pytest.param(
         stage_job("Failed"), [terminated(137, reason="Error")],
-        Ended(False, exit_code=137, detail="killed from outside (SIGKILL)", node="node-1", started=AT_START,
-              ended=AT_FINISH),
+        Ended(False, exit_code=137, reason="Error", detail="killed from outside (SIGKILL)", node="node-1",
+              started=AT_START, ended=AT_FINISH),
         id="killed by somebody: no report",
     ),
     pytest.param(
+        stage_job("Failed"), [terminated(137, GONE, reason="ContainerStatusUnknown")],
+        Ended(False, exit_code=137, reason="ContainerStatusUnknown", detail=f"ContainerStatusUnknown: {GONE}",
+              node="node-1", started=AT_START, ended=AT_FINISH),
+        id="its node went down",
+    ),
+    pytest.param(
+        stage_job("Failed"), [pod(phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices")],
+        Ended(False, reason="UnexpectedAdmissionError", detail="no healthy devices", node="node-1", started=AT_START,
+              ended=AT_END),
+        id="the node did not take it",
+    ),
+    pytest.param(
+        stage_job(), [lost_node()],
+        Active("node-1", AT_START, "its node node-1 was lost or is tainted, and the pod has not ended there; if the "
+               "node does not come back, delete it, or taint it node.kubernetes.io/out-of-service", reason=Wait.NODE),
+        id="its node does not answer: no other pod can be made",
+    ),
+    pytest.param(
+        stage_job(), [lost_node(deleted=False)], Active("node-1", AT_START),
+        id="told to leave its node, and not deleted"
+    ),
+    pytest.param(
         stage_job("Failed"), [terminated(1, '{"version":"v9"}', reason="Error")],
-        Ended(False, exit_code=1, detail="Error", node="node-1", started=AT_START, ended=AT_FINISH),
+        Ended(False, exit_code=1, reason="Error", detail="Error", node="node-1", started=AT_START, ended=AT_FINISH),
         id="a termination message that is no report",
     ),
     pytest.param(

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, Usage, WorkVolume
+from qlora_operator.lifecycle.attempting import template_of
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Seen, Stopping
 from qlora_operator.lifecycle.pending import Wait
-from qlora_operator.lifecycle.policies import POLICIES, call_refused, is_to_be_planned, next_step, template_of
+from qlora_operator.lifecycle.planning import is_to_be_planned
+from qlora_operator.lifecycle.policies import POLICIES, next_step
+from qlora_operator.lifecycle.standing import call_refused
 from qlora_operator.lifecycle.step import Action, CreateWorkVolume, DeleteWorkVolume, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import tasks
 from qlora_operator.planner import Installation
@@ -89,6 +92,9 @@ FAILED_MERGE = [
     given.attempt(TRAIN, 1, "Succeeded"),
     given.attempt(MERGE, 1, "BadInput", message="no config.json"),
 ]
+OFFLOADED = given.plan(given.job(), micro_batch_size=1, recipe=given.recipe(offload="activations"))
+OOM_KILLED = Ended(False, exit_code=137, reason="OOMKilled", detail="OOMKilled", node="node-1", ended=NOW)
+HALVED = given.attempt(TRAIN, 1, "OutOfMemory", change="micro-batch 4 → 2, accumulation 8 → 16")
 CRASHED_ONCE = [given.attempt(TRAIN, 1, "Crashed", ended=NOW - timedelta(seconds=4), message="boom")]
 
 # fmt: off
@@ -194,6 +200,29 @@ CASES = [
          ended=NOW - timedelta(seconds=10))]), [Start(TRAIN, 2)], "Training", "Starting", after=2),
     Case("out of memory at micro-batch 8: again with 4", job(None, INSPECT), [], "Training", "Starting", after=0,
          attempts={"train-1": given.exited(13)}),
+    Case("out of memory with nothing left to take away: the job fails, and says what would do",
+         job(None, INSPECT, before=[given.attempt(TRAIN, 1, "OutOfMemory")]), [], "Failed", "OutOfMemory", nodes=NODES,
+         kstatus="Failed", after=0, says="ran out of GPU memory; the micro-batch was 8; apply it anew with"),
+    Case("out of host memory: again with more", job(None, INSPECT), [], "Training", "Starting", after=0, nodes=NODES,
+         attempts={"train-1": OOM_KILLED}),
+    Case("for the second time: the job fails", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "HostOutOfMemory",
+         change="memory 6.0 GiB → 9.0 GiB"), given.attempt(TRAIN, 2, "HostOutOfMemory")]), [], "Failed",
+         "HostOutOfMemory", kstatus="Failed", after=0, says="half as much again and that was not enough"),
+    Case("and no node has more", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "HostOutOfMemory")]), [], "Failed",
+         "HostOutOfMemory", kstatus="Failed", after=0, says="no node has 9.0 GiB"),
+    Case("a merge that ran out of memory twice", job(FULL, INSPECT, TRAIN, PUBLISH_ADAPTER, before=[
+         given.attempt(MERGE, 1, "HostOutOfMemory")]), [], "Failed", "HostOutOfMemory", kstatus="Failed", after=0,
+         says="the chart's cpuStages"),
+    Case("its node went down: again, from the checkpoint", job(None, INSPECT, before=[given.attempt(TRAIN, 1,
+         "NodeLost", ended=NOW - timedelta(seconds=2))]), [Start(TRAIN, 2)], "Training", "Starting", after=2),
+    Case("its node does not answer", job(None, INSPECT), [], "Scheduling", "NodeLost",
+         attempts={"train-1": Active("node-1", NOW, "its node node-1 was lost", reason=Wait.NODE)},
+         conditions={"Scheduled": "False"}, says="train waits: its node node-1 was lost"),
+    Case("a full volume: the job fails and says which", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "VolumeFull",
+         message="the work volume has no room left")]), [], "Failed", "VolumeFull", kstatus="Failed", after=0,
+         says="support-bot-train-1 found a volume full: the work volume has no room left"),
+    Case("and keeps what is on it, whatever it is to be kept for", over(Phase.FAILED, {"storage.retain": "Delete"},
+         INSPECT, before=[given.attempt(TRAIN, 1, "VolumeFull")]), [], "Failed", "", kstatus="Current"),
     Case("out of memory, onOutOfMemory: fail", job({"retry.onOutOfMemory": "fail"}, INSPECT,
          before=[given.attempt(TRAIN, 1, "OutOfMemory")]), [], "Failed", "OutOfMemory", kstatus="Failed", after=0,
          conditions={"Trained": "False"}),
@@ -261,11 +290,14 @@ CASES = [
     Case("planned anew", planned_otherwise(job(EDITED, INSPECT, volume=False)), [], "Planning", "Planned", nodes=SMALL,
          says="1 × NVIDIA-A2", after=0),
     Case("out of memory once: on the same GPUs the micro-batch stays halved", planned_otherwise(job(
-         {"suspend": True, "hardware.headroomPercent": 10}, INSPECT, before=[given.attempt(TRAIN, 1, "OutOfMemory")],
+         {"suspend": True, "hardware.headroomPercent": 10}, INSPECT, before=[HALVED],
          plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning", "Planned", nodes=NODES, after=0,
          says="1 × NVIDIA-L40S, micro-batch 2"),
-    Case("on others it is as they allow", planned_otherwise(job(EDITED, INSPECT, before=[
-         given.attempt(TRAIN, 1, "OutOfMemory")], plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning",
+    Case("and at micro-batch 1 its activations stay offloaded", planned_otherwise(job(
+         {"suspend": True, "hardware.headroomPercent": 10}, INSPECT, before=[HALVED], plan=OFFLOADED)), [], "Planning",
+         "Planned", nodes=NODES, after=0, says="1 × NVIDIA-L40S, micro-batch 1"),
+    Case("on others it is as they allow", planned_otherwise(job(EDITED, INSPECT, before=[HALVED],
+         plan=given.plan(given.job(), micro_batch_size=2))), [], "Planning",
          "Planned", nodes=SMALL, after=0, says="1 × NVIDIA-A2, micro-batch 8"),
     Case("what runs is stopped before", planned_otherwise(job(EDITED, INSPECT)), [Stop(TRAIN, 1)], "Planning",
          "Replanning", nodes=SMALL, attempts={"train-1": RUNNING}, after=2),
@@ -403,6 +435,36 @@ def test_out_of_memory_keeps_the_effective_batch_and_says_the_change() -> None:
 
     again = Job(of.metadata, of.spec, step.status)
     assert next_step(again, given.seen(again), NOW).actions == (Start(TRAIN, 2),)
+
+
+@pytest.mark.parametrize(("edits", "nodes", "offload"), [
+    ({"suspend": True, "hardware.headroomPercent": 10}, NODES, "activations"), (EDITED, SMALL, "none"),
+])  # fmt: skip
+def test_where_it_did_not_run_out_it_offloads_nothing(edits: dict[str, Any], nodes: list[Any], offload: str) -> None:
+    of = planned_otherwise(job(edits, INSPECT, before=[HALVED], plan=OFFLOADED))
+    plan = next_step(of, given.seen(of, nodes=nodes), NOW).status.plan
+    assert plan is not None
+    assert plan.recipe.offload == offload
+
+
+def test_out_of_host_memory_is_answered_once_with_more_of_it() -> None:
+    of = job(None, INSPECT)
+    step = next_step(of, given.seen(of, {"train-1": OOM_KILLED}, nodes=NODES), NOW)
+    last = step.status.attempts[-1]
+    assert (last.outcome, last.change) == ("HostOutOfMemory", "memory 6.0 GiB → 9.0 GiB")
+    assert step.status.plan == of.status.plan, "what is planned is as it was: the pod asks for more"
+
+    again = Job(of.metadata, of.spec, step.status)
+    assert next_step(again, given.seen(again), NOW).actions == (Start(TRAIN, 2),)
+    second = next_step(again, given.seen(again, {"train-2": OOM_KILLED}, nodes=NODES), NOW).status
+    assert second.attempts[-1].change is None
+
+
+def test_more_host_memory_than_any_node_has_is_not_asked_for() -> None:
+    """The pod would wait for ever for a node that can take it."""
+    of = job(None, INSPECT, plan=given.plan(given.job(), host_memory_bytes=50 * given.GIB))
+    step = next_step(of, given.seen(of, {"train-1": OOM_KILLED}, nodes=NODES), NOW)
+    assert step.status.attempts[-1].change is None
 
 
 def test_training_brings_scores_loss_measured_memory_and_the_adapter() -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from qlora_api.exchange import MergeOrder, TrainOrder, parse_order
+from qlora_api.exchange import ExitCode, MergeOrder, TrainOrder, parse_order
 from qlora_api.v1alpha1 import JobStatus
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.answers import COUNTED
@@ -38,7 +38,7 @@ SETTINGS = Settings(trainer_image="trainer:1")
 OWN_CLAIM = {"claimName": "scratch", "retain": "Delete"}
 OVER = ("Succeeded", "Failed")
 #: How a Job's pod can end such that the job may go on: its exit code, or whether its result is there.
-CURABLE = ["result", "lost result", "result, pod gone", "pod gone", 1, 13, 13, 14, 15, 137]
+CURABLE = ["result", "lost result", "result, pod gone", "pod gone", 1, 13, 13, 14, 15, 16, 137, "OOMKilled", "Unknown"]
 
 
 class Died(BaseException):
@@ -270,10 +270,17 @@ class World(Cluster):
                 }
             ],
         }
-        terminated: Raw = {"exitCode": 0 if succeeded else how, "finishedAt": now_stamp(), "startedAt": now_stamp()}
+        killed = how in ("OOMKilled", "Unknown")
+        terminated: Raw = {
+            "exitCode": 0 if succeeded else 137 if killed else how,
+            "finishedAt": now_stamp(),
+            "startedAt": now_stamp(),
+        }
         if how == "result":
             terminated["message"] = given.report(TASKS[task], n).to_json()
-        elif how in (10, 11, 12, 13, 14, 15):
+        elif killed:
+            terminated["reason"] = how
+        elif how in set(ExitCode):
             terminated["message"] = given.report(TASKS[task], n, failure="it says why").to_json()
         self.pods_of[name][-1]["status"] = {
             "phase": "Succeeded" if succeeded else "Failed",
@@ -398,7 +405,7 @@ class Story:
 
     def a_job_fails_for_good(self, n: int) -> None:
         for name in self.one_running(n):
-            self.world.ends(name, [10, 11, 12, 13][n // 7 % 4])
+            self.world.ends(name, [10, 11, 12, 13, 17][n // 7 % 5])
 
     def somebody_deletes_a_stage(self, n: int) -> None:
         for name in self.one_running(n):
@@ -456,6 +463,8 @@ class Story:
             self.stopped_pods_are_gone(0)
         assert [name for name in world.jobs_where(lambda job: True) if world.alive(name)] == []
         keeping = ("Keep", "OnFailure") if world.status.phase == "Failed" else ("Keep",)
+        if any(attempt.outcome == "VolumeFull" for attempt in world.status.attempts):
+            keeping = ("Keep", "OnFailure", "Delete")
         if "claimName" in world.storage:
             assert ("PersistentVolumeClaim", "scratch") in world.children, "the user's own claim is theirs"
         elif world.status.work_volume is not None:

@@ -15,13 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.exchange import ExitCode, Inspection, MergeResult, Order, PublishResult, TrainResult, parse_report
+from qlora_api.exchange import (
+    ExitCode,
+    Inspection,
+    MergeOrder,
+    MergeResult,
+    Order,
+    PublishOrder,
+    PublishResult,
+    TrainResult,
+    parse_report,
+)
 from qlora_trainer import ask
 from qlora_trainer.failures import describe
 from qlora_trainer.main import in_words
 from qlora_trainer.training import train
 
-from .conftest import Place, examples, write_jsonl
+from .conftest import Place, examples, recipe_of, write_jsonl
 from .progress_server import Endpoint
 
 
@@ -153,6 +163,30 @@ def test_a_file_that_may_not_be_read_is_told_with_its_cure() -> None:
     code, message = describe(PermissionError(13, "Permission denied", "/claims/base/model-1.safetensors"))
     assert code == ExitCode.BAD_INPUT
     assert "/claims/base/model-1.safetensors: not allowed for this pod's user" in message
+
+
+def test_which_volume_is_full_depends_on_the_stage(place: Place) -> None:
+    with pytest.raises(OSError, match="No space left") as raised:
+        Path("/dev/full").write_text("x")
+    # as safetensors says it
+    assert describe(RuntimeError("I/O error: No space left on device (os error 28)"))[0] == ExitCode.VOLUME_FULL
+    publish = PublishOrder(
+        **place.envelope(), artifact="adapter", artifact_digest="sha256:a", output_uri="pvc://results/tune/adapter"
+    )
+    merge = MergeOrder(
+        **place.envelope(),
+        model_uri="pvc://base/model",
+        model_digest="x",
+        recipe=recipe_of(),
+        adapter_digest="sha256:a",
+    )
+    orders = {"inspect": place.inspect_order(), "merge": merge, "publish": publish}
+    told = {stage: describe(raised.value, order) for stage, order in orders.items()}
+    assert {code for code, _ in told.values()} == {ExitCode.VOLUME_FULL}
+    assert "scratch space" in told["inspect"][1]
+    assert "the work volume" in told["merge"][1]
+    assert "output.uri: the claim results has no room left" in told["publish"][1]
+    assert describe(raised.value)[0] == ExitCode.VOLUME_FULL, "and where no order has been read"
 
 
 def test_asking_the_tuned_model_gives_what_training_scored(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from peft import PeftModel
 from qlora_api.exchange import ExitCode, TrainOrder, TrainResult
 from qlora_trainer import learning, training
 from qlora_trainer.adapter import with_adapter
+from qlora_trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from qlora_trainer.environment import Pod
 from qlora_trainer.evaluation import mean_loss, summed_loss
 from qlora_trainer.failures import BadInput, Diverged, EnvironmentUnfit, Interrupted, describe
@@ -145,9 +147,80 @@ def test_damaged_and_foreign_checkpoints_are_not_used(place: Place, caplog: pyte
     assert train(order, place.pod).resumed_from_step is None
     assert "its files are not those of its manifest" in caplog.text
 
-    other = place.train_order(recipe={"max_steps": 4, "seed": 8})
-    assert train(other, place.pod).resumed_from_step is None
-    assert "not used: checkpoints of another model, data set or recipe" in caplog.text
+
+CHANGED: list[Any] = [
+    # what is ordered otherwise than before, and what is said of it
+    ({"recipe": {"seed": 8, "effective_batch_size": 2}}, ["recipe.effectiveBatchSize 4 → 2; recipe.seed 7 → 8"]),
+    ({"recipe": {"packing": False}}, ["recipe.packing True → False"]),
+    ({"recipe": {"rslora": True}}, ["recipe.rslora the default → True"]),
+    ({"model_digest": "sha256:" + "0" * 64}, ["model sha256:", " → sha256:000000000000."]),
+    ({"data_digest": "sha256:" + "1" * 64}, ["dataset sha256:", " → sha256:111111111111."]),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), CHANGED, ids=lambda value: next(iter(value)))
+def test_checkpoints_of_another_training_are_refused_with_what_differs(
+    tmp_path: Path, place: Place, changes: dict[str, Any], said: list[str]
+) -> None:
+    """Begun anew beside them, what was learned would be lost without a word."""
+    order = place.train_order()
+    first = Checkpoints(tmp_path, order.bound(), keep=2)
+    first.save(Checkpoint(Progress(step=3), {"a": torch.ones(2)}, {}))
+    fields = {key: value for key, value in changes.items() if key != "recipe"}
+    other = place.train_order(recipe=changes.get("recipe")).model_copy(update=fields)
+    with pytest.raises(BadInput, match="are of another training") as raised:
+        Checkpoints(tmp_path, other.bound(), keep=2)
+    assert [part for part in said if part not in str(raised.value)] == [], raised.value
+
+
+def test_what_may_change_under_a_checkpoint_goes_on_from_it(tmp_path: Path, place: Place) -> None:
+    order = place.train_order()
+    Checkpoints(tmp_path, order.bound(), keep=2).save(Checkpoint(Progress(step=3), {"a": torch.ones(2)}, {}))
+    elsewhere = {"offload": "activations", "gradient_checkpointing": True}
+    later = order.model_copy(
+        update={
+            "attempt": 2, "micro_batch_size": 1, "gradient_accumulation": 4, "ranks_per_node": 2, "nodes": 2,
+            "recipe": order.recipe.model_copy(update=elsewhere),
+        }
+    )  # fmt: skip
+    found = Checkpoints(tmp_path, later.bound(), keep=2).newest()
+    assert found is not None
+    assert found.progress.step == 3
+
+
+def test_checkpoints_that_do_not_say_whose_they_are_are_refused_too(tmp_path: Path, place: Place) -> None:
+    bare = tmp_path / "0123456789abcdef" / "step-00000003"
+    bare.mkdir(parents=True)
+    (bare / "manifest.json").write_text('{"binding": "sha256:0"}')
+    with pytest.raises(BadInput, match="they do not say what"):
+        Checkpoints(tmp_path, place.train_order().bound(), keep=2)
+
+
+def test_a_full_volume_is_told_and_the_checkpoint_before_is_kept(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch says of a full disk while it writes is not what the system said: the cause is looked for."""
+    order = place.train_order()
+    checkpoints = Checkpoints(tmp_path, order.bound(), keep=1)
+    checkpoints.save(Checkpoint(Progress(step=1), {"a": torch.ones(2)}, {}))
+    real = torch.save
+
+    def into_a_full_volume(states: Any, file: Any) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as full:  # opened for writing only: nothing replaces the device
+            real(states, full)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) as raised:
+        patch.setattr(torch, "save", into_a_full_volume)
+        checkpoints.save(Checkpoint(Progress(step=2), {"a": torch.ones(9)}, {"moments": torch.ones(300_000)}))
+    assert "No space left" not in str(raised.value)
+    code, message = describe(raised.value, order)
+    assert code == ExitCode.VOLUME_FULL
+    assert "the work volume" in message
+    assert "larger storage.size" in message
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.progress.step == 1
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step-00000001"]
 
 
 def test_checkpoints_are_written_by_the_clock_and_the_oldest_go(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,18 +277,24 @@ def test_one_step_that_is_not_finite_is_left_out(place: Place, monkeypatch: pyte
     assert result.train_loss < losses(place)[0]
 
 
-def test_out_of_memory_keeps_what_was_learned(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+])  # fmt: skip
+def test_out_of_memory_keeps_what_was_learned(
+    place: Place, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     calls = iter(range(1000))
 
     def too_large(model: Any, batch: Any, device: torch.device) -> torch.Tensor:
         if next(calls) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise error
         return summed_loss(model, batch, device)
 
     order = place.train_order()
     with monkeypatch.context() as patch:
         patch.setattr(learning, "summed_loss", too_large)
-        with pytest.raises(torch.OutOfMemoryError) as raised:
+        with pytest.raises(type(error)) as raised:
             train(order, place.pod)
     assert describe(raised.value)[0] == ExitCode.OUT_OF_MEMORY
     halved = order.model_copy(update={"micro_batch_size": 1, "gradient_accumulation": 4, "attempt": 2})

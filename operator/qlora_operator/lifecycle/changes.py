@@ -1,0 +1,70 @@
+"""What the next attempt does differently after one that ran out of something, and what helps where nothing is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_api.v1alpha1 import Plan
+from qlora_operator import planner
+from qlora_operator.lifecycle.answers import Change, Outcome
+from qlora_operator.lifecycle.observed import Job, Observed
+from qlora_operator.lifecycle.tasks import TRAIN, Task, ended
+from qlora_operator.sizing.memory import GIB
+
+#: So much more host memory an attempt asks for than the one that was killed for want of it.
+MORE_MEMORY = 1.5
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What is changed, for people, and the plan with it."""
+
+    said: str
+    plan: Plan | None
+
+
+def change_for(kind: Change, job: Job, task: Task, seen: Observed) -> Changed | None:
+    """What to do differently after the last attempt at `task`, as recorded in `job`; None where nothing is left."""
+    return {Change.LESS_GPU_MEMORY: _less_gpu_memory, Change.MORE_HOST_MEMORY: _more_host_memory}[kind](job, task, seen)
+
+
+def advice(kind: Change, job: Job, task: Task, seen: Observed) -> str:
+    """What a user can do where there is no such change; empty where there is nothing to be said."""
+    plan, inspection = job.status.plan, job.status.inspection
+    if task != TRAIN or plan is None or inspection is None:
+        return "give such stages more memory: the chart's cpuStages"
+    if kind is Change.LESS_GPU_MEMORY:
+        return planner.after_out_of_memory(job.spec, inspection, plan, seen.inventory, seen.installation)
+    if _raises(job, task):
+        return "it was given half as much again and that was not enough; look for what else takes the node's memory"
+    return f"no node has {plan.host_memory_bytes * MORE_MEMORY / GIB:.1f} GiB, half as much again: add one that has"
+
+
+def memory_factor(job: Job, task: Task) -> float:
+    """How much more host memory than planned the next attempt at `task` asks for."""
+    return MORE_MEMORY ** _raises(job, task)
+
+
+def _raises(job: Job, task: Task) -> int:
+    return sum(a.outcome == Outcome.HOST_OUT_OF_MEMORY and a.change is not None for a in ended(job.status, task))
+
+
+def _less_gpu_memory(job: Job, task: Task, seen: Observed) -> Changed | None:
+    plan, inspection = job.status.plan, job.status.inspection
+    if task != TRAIN or plan is None or inspection is None or job.spec.retry.on_out_of_memory == "fail":
+        return None
+    smaller = planner.with_less_memory(job.spec, plan, inspection)
+    return Changed(smaller.change, smaller.plan) if smaller else None
+
+
+def _more_host_memory(job: Job, task: Task, seen: Observed) -> Changed | None:
+    """Once: what needs more than half as much again is not what was planned."""
+    plan = job.status.plan
+    if _raises(job, task):
+        return None
+    if task != TRAIN or plan is None:
+        return Changed(f"memory × {MORE_MEMORY:g}", plan)
+    more = plan.host_memory_bytes * MORE_MEMORY
+    if more > seen.inventory.largest_memory_bytes(planner.demands_of(job.spec, seen.installation)):
+        return None
+    return Changed(f"memory {plan.host_memory_bytes / GIB:.1f} GiB → {more / GIB:.1f} GiB", plan)

@@ -1,0 +1,117 @@
+"""What is learned, and how: the recipes that a spec allows for a model. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_api.exchange import Inspection, ModelShape, Recipe
+from qlora_api.v1alpha1 import JobSpec, Loss, Method
+from qlora_operator.placement.choice import SHARED_OPTIMIZER, Recipes
+from qlora_operator.sizing.training import adapted_by_default, attention_by_default
+
+DEFAULT_EPOCHS = 3.0
+CPU = "cpu"
+#: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded.
+ONE_GPU_OPTIMIZERS = frozenset({"paged_adamw_8bit", "adamw_8bit"})
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """No plan is possible. `final` where the spec itself is at fault, and no node could help."""
+
+    reason: str
+    message: str
+    final: bool = False
+
+
+def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) -> list[Recipe] | Unfit:
+    """The recipes that the spec allows for a model, the preferred one first: LoRA where it fits, else QLoRA."""
+    known = list(dict.fromkeys(m.name for m in shape.linear))
+    targets = list(spec.lora.target_modules or adapted_by_default(shape))
+    if unknown := sorted(set(targets) - set(known)):
+        return Unfit(
+            "UnknownTargetModules",
+            f"spec.lora.targetModules: the model has no linear layer {', '.join(unknown)}; it has {', '.join(known)}",
+            final=True,
+        )
+    if max_length > shape.max_position:
+        return Unfit(
+            "SequenceTooLong",
+            f"spec.dataset.maxLength: {max_length} tokens, the model takes {shape.max_position}",
+            final=True,
+        )
+    usual = attention_by_default(shape)
+    attention = spec.training.attention or usual
+    if attention == "sdpa" != usual:
+        return Unfit(
+            "AttentionCannotWork",
+            f"spec.training.attention: sdpa cannot cap scores, as {shape.family} does: "
+            f"leave the field out, or give {usual}",
+            final=True,
+        )
+    methods: list[Method] = [spec.method] if spec.method else ["lora", "qlora"]
+    on_cpu = spec.hardware.accelerator == CPU
+    training = spec.training
+    neither = training.epochs is None and training.max_steps is None
+    return [
+        Recipe(
+            method=method,
+            quant_type=spec.quantization.type,
+            double_quant=spec.quantization.double_quant,
+            # CPUs without AMX emulate bfloat16: fp32 is several times faster there and exact.
+            compute_dtype=spec.quantization.compute_dtype or ("float32" if on_cpu else "bfloat16"),
+            rank=spec.lora.rank,
+            alpha=spec.lora.alpha or 2 * spec.lora.rank,
+            dropout=spec.lora.dropout,
+            target_modules=sorted(targets),
+            rslora=spec.lora.rslora,
+            max_length=max_length,
+            packing=spec.dataset.packing,
+            loss=loss,
+            epochs=DEFAULT_EPOCHS if neither else training.epochs,
+            max_steps=training.max_steps,
+            learning_rate=training.learning_rate,
+            min_learning_rate=training.min_learning_rate or 0.0,
+            schedule=training.schedule,
+            warmup_fraction=training.warmup_fraction,
+            effective_batch_size=training.effective_batch_size,
+            optimizer=training.optimizer or "paged_adamw_8bit",
+            seed=training.seed,
+            **_whereabouts(spec),
+            attention=attention,
+            max_grad_norm=training.max_grad_norm,
+            evals_per_epoch=training.evals_per_epoch,
+        )
+        for method in methods
+    ]
+
+
+def open_recipes(spec: JobSpec, inspection: Inspection, keep: Recipe | None) -> list[Recipe] | Unfit:
+    """The recipes for one GPU: that of a training that has begun alone, its tensors where the spec wants them."""
+    if keep:
+        return [keep.model_copy(update=_whereabouts(spec))]
+    return recipes(spec, inspection.shape, max_length=inspection.max_length, loss=inspection.loss)
+
+
+def by_gpus(found: Sequence[Recipe], spec: JobSpec, keep: Recipe | None) -> Recipes:
+    """The recipes by the number of GPUs."""
+    optimizer = spec.training.optimizer or (keep.optimizer if keep else None)
+    return lambda gpus: found if gpus == 1 else sharded(found, optimizer)
+
+
+def sharded(found: Sequence[Recipe], optimizer: str | None) -> list[Recipe]:
+    """The recipes for GPUs that share a model, with the `optimizer` that is set, if one is; none where it cannot."""
+    if optimizer in ONE_GPU_OPTIMIZERS:
+        return []
+    return [recipe.model_copy(update={"optimizer": optimizer or SHARED_OPTIMIZER}) for recipe in found]
+
+
+def _whereabouts(spec: JobSpec) -> dict[str, Any]:
+    """What is kept where: it changes nothing of what is learned."""
+    training = spec.training
+    return {
+        "gradient_checkpointing": training.gradient_checkpointing is not False,
+        "offload": training.offload or "none",
+    }
