@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,12 @@ from pathlib import Path
 
 from examples.quickstart.install import NAMESPACE as OPERATOR_NAMESPACE
 from qlora_operator.leadership import LEADER_LABEL
+from qlora_operator.manifests.jobs import USER
 from tests.cluster import state
 from tests.cluster.client import Cluster, Manifest
+
+#: More than what a process takes and gives back by and by.
+MUCH_BYTES = 48 << 20
 
 
 def kill(pod: Manifest, program: str) -> None:
@@ -23,10 +28,48 @@ def kill(pod: Manifest, program: str) -> None:
     os.kill(_process_of(pod, program), signal.SIGKILL)
 
 
+def starve(pod: Manifest, program: str) -> None:
+    """Let the process of `pod` whose command line names `program` allocate less than it does at most.
+
+    By `RLIMIT_DATA`, half-way between the least and the most that it has held for a while: what it needs for a step
+    fails, what it needs to end well does not.
+    """
+    pid, held, deadline = _process_of(pod, program), set[int](), time.monotonic() + 60
+    while len(held) < 2 or max(held) - min(held) < MUCH_BYTES:
+        assert time.monotonic() < deadline, f"it allocates nothing: {sorted(held)}"
+        held.add(_held_bytes(pid, "VmData"))
+        time.sleep(0.005)
+    limit = (min(held) + max(held)) // 2
+    # by its own user, for root needs a capability to limit another's process
+    subprocess.run(
+        ["prlimit", f"--pid={pid}", f"--data={limit}:{limit}"], check=True, user=USER, group=USER, extra_groups=[]
+    )
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `place`, as pods see it: the node has mounts of its own."""
+    found = state.load()
+    assert found
+    node = next(process.pid for process in found.processes if process.name == "node")
+    inside = ["nsenter", f"--mount=/proc/{node}/ns/mnt", f"--pid=/proc/{node}/ns/pid_for_children"]
+    place.mkdir(mode=0o755)
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*inside, "umount", "--lazy", str(place)], check=True)
+        place.rmdir()
+
+
 def memory_bytes(pod: Manifest, program: str) -> int:
     """Resident memory of the process of `pod` whose command line names `program`."""
-    status = Path(f"/proc/{_process_of(pod, program)}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+    return _held_bytes(_process_of(pod, program), "VmRSS")
+
+
+def _held_bytes(pid: int, kind: str) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{kind}:"))
 
 
 def _process_of(pod: Manifest, program: str) -> int:

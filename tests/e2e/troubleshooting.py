@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_operator.lifecycle.answers import ANSWERS
 from tests.cluster.settings import REGISTRY
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
@@ -208,9 +209,8 @@ REFUSED_BY_THE_SERVER = (INVALID, EDITED)
 KILLED = Trouble(
     "killed", "Training", "BackOff",
     "ended Crashed: killed from outside (SIGKILL); train starts again at … UTC",
-    "Somebody or something on the node has ended the process. `OOMKilled`: it was the node's memory.",
-    "Nothing: the next attempt goes on from the checkpoint, at most `retry.maxRestarts` times. Where it is "
-    "`OOMKilled` again, keep memory-hungry neighbours off the node.",
+    "Somebody or something on the node has ended the process.",
+    "Nothing: the next attempt goes on from the checkpoint, at most `retry.maxRestarts` times.",
 )  # fmt: skip
 DRAINED = Trouble(
     "drained", "Scheduling", "NoMatchingNode",
@@ -226,7 +226,36 @@ TAKEN = Trouble(
     "The adapter is on the work volume (`status.workVolume`), unless `storage.retain` is `Delete`. Apply the job under "
     "another name with another `output.uri`.",
 )  # fmt: skip
-ON_ITS_WAY = (KILLED, DRAINED, TAKEN)
+OUTGROWN = Trouble(
+    "outgrown", "Training", "Starting",
+    "starting train",
+    "`status.attempts` has an attempt that ended `OutOfMemory`, with the `change` that is made for the next one; the "
+    "effective batch stays.",
+    "Nothing. Where the last resort was of no use either, the job fails with `OutOfMemory` and says what would do.",
+)  # fmt: skip
+DIVERGED = Trouble(
+    "diverged", "Failed", "Diverged",
+    "diverged: loss or gradients were not finite in 3 steps in a row, up to step …: lower training.learningRate (1), "
+    "compute in bfloat16, or look at the data",
+    "The training has run away: the rate is too high, float16 overflows, or an example is odd.",
+    "As it says; apply the job under another name.",
+    {
+        "training": {"maxSteps": 30, "effectiveBatchSize": 1, "gradientCheckpointing": False, "learningRate": 1.0,
+                     "warmupFraction": 0},
+        "lora": {"rank": 1, "alpha": 4096},
+        "quantization": {"computeDtype": "float16"},
+    },
+)  # fmt: skip
+FULL = Trouble(
+    "full", "Failed", "VolumeFull",
+    "found a volume full: the work volume of … has no room left: apply the job anew with a larger storage.size, or "
+    "enlarge the claim that storage.claimName names; what is on it is kept",
+    "A checkpoint, the adapter or the merged model did not fit. What was there before is whole, and kept even with "
+    "`storage.retain: Delete`.",
+    "As it says. The old volume goes with the failed job.",
+    {"storage": {"retain": "Delete", "size": "1Gi"}, "checkpoint": {"every": "1s"}},
+)  # fmt: skip
+ON_ITS_WAY = (KILLED, DRAINED, TAKEN, OUTGROWN, DIVERGED, FULL)
 
 
 def write_bad_files(directory: Path, good: Path) -> Path:
@@ -251,12 +280,20 @@ def page() -> str:
         "## It has failed\n",
         "`Failed`: another attempt would end the same way, so there is none. Flux, Argo CD and `helm --wait` see it at "
         "once.\nA job is one run: the corrected one needs another name, or the failed one deleted first.\n",
-        _table((*REFUSED, TAKEN)),
+        _table((*REFUSED, TAKEN, DIVERGED, FULL)),
         "## It waits\n",
         "`Ready=False`, `Reconciling=True`: it goes on by itself when the cause is gone.\n",
         _table((*WAITING, KILLED, DRAINED)),
         "## The API server refuses it\n",
         _table(REFUSED_BY_THE_SERVER),
+        "## How an attempt ends, and what follows\n",
+        "`status.attempts` has the outcome of each, its exit code, what it said, and the `change` made for the next "
+        "one. What an\nattempt says by its exit code goes before what the kubelet says of it.\n",
+        _answers(),
+        "Some ends are none: a pod that is evicted or preempted is replaced within its attempt; an image that cannot "
+        "be pulled,\na claim or a node that is not there is waited for, and so is a pod whose node has stopped "
+        "answering (`NodeLost` in\n`Scheduled=False`): only when the node is back, deleted or tainted "
+        "`node.kubernetes.io/out-of-service` is it safe to start\nanother on the same volume.\n",
     ]
     return "\n".join(parts)
 
@@ -264,6 +301,11 @@ def page() -> str:
 def _table(rows: Iterable[Trouble]) -> str:
     head = "| you see | it means | what to do |\n|---|---|---|\n"
     return head + "".join(f"| {_seen(row)} | {row.means} | {row.cure} |\n" for row in rows)
+
+
+def _answers() -> str:
+    rows = (f"| {how} | {row.seen} | {row.follows} |\n" for how, row in ANSWERS.items())
+    return "| outcome | recognised by | what follows |\n|---|---|---|\n" + "".join(rows)
 
 
 def _seen(row: Trouble) -> str:
