@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
+from qlora_api.findings import FindingCode, Severity
+
 VERSION = "v1alpha1"
 
 ORDER_PATH = "/etc/qlora/order.json"
@@ -159,6 +161,22 @@ class TokenCounts(Document):
     total: int = Field(ge=0, description="All examples together.")
 
 
+#: So many findings, each with so long a place, fit into a report beside everything else.
+FINDINGS_REPORTED = 10
+FINDING_PLACE_MAX = 80
+
+
+class Finding(Document):
+    """One kind of thing that inspection found in the data; docs/data.md says what each means."""
+
+    severity: Severity = Field(description="fails or warns; a job that goes on has warnings only.")
+    code: FindingCode = Field(description="What was found.")
+    count: int = Field(ge=0, description="How many examples it is about.")
+    example: str | None = Field(
+        default=None, max_length=FINDING_PLACE_MAX, description="Where the first of them is: source, file and line."
+    )
+
+
 class Inspection(Document):
     """What the inspect stage found in the model and the data."""
 
@@ -168,7 +186,9 @@ class Inspection(Document):
     )
     data_digest: str = Field(description="Over every data file's bytes, in the order of the spec.")
     shape: ModelShape = Field(description="The model's shape.")
-    examples: int = Field(ge=0, description="Training examples left after removing duplicates and the eval split.")
+    examples: int = Field(
+        ge=0, description="Training examples of an epoch: without duplicates and the eval split, by weight."
+    )
     eval_examples: int = Field(default=0, ge=0, description="Examples held out for the evaluation loss.")
     golden_examples: int = Field(default=0, ge=0, description="Examples of the golden set.")
     tokens: TokenCounts = Field(description="Tokens per training example.")
@@ -178,7 +198,13 @@ class Inspection(Document):
     truncated_percent: float = Field(ge=0, le=100, description="Examples longer than maxLength.")
     loss_token_percent: float = Field(ge=0, le=100, description="Tokens that carry loss.")
     duplicates: int = Field(ge=0, description="Training examples removed because an equal one came before.")
-    leakage: int = Field(ge=0, description="Eval and golden examples that are also training examples.")
+    leakage: int = Field(ge=0, description="Held-out examples that are also training examples.")
+    near_duplicates: int = Field(
+        default=0, ge=0, description="Training examples that are nearly the same as an earlier one; they are kept."
+    )
+    findings: list[Finding] = Field(
+        default_factory=list, max_length=FINDINGS_REPORTED, description="What to look at in the data, gravest first."
+    )
     download_bytes: int = Field(
         default=0, ge=0, description="Model and data in stores: what train downloads to the work volume."
     )
@@ -250,6 +276,9 @@ class DataSource(Document):
     uri: str
     format: str | None = None
     secret: str | None = Field(default=None, description="Name of the Secret for the store, never its content.")
+    weight: float | None = Field(
+        default=None, gt=0, description="How often each example of a training source occurs in an epoch; absent: once."
+    )
 
 
 class DataOrder(Document):
@@ -259,6 +288,7 @@ class DataOrder(Document):
     eval: DataSource | None = None
     eval_fraction: float | None = None
     golden: DataSource | None = None
+    canary: DataSource | None = None
     log_samples: bool = False
 
 
@@ -324,7 +354,11 @@ class TrainOrder(OrderEnvelope):
             mode="json",
             by_alias=True,
             exclude_defaults=True,
-            exclude={"train": {"__all__": unbound}, "eval": unbound, "golden": unbound, "log_samples": True},
+            exclude={
+                "train": {"__all__": unbound},
+                **dict.fromkeys(("eval", "golden", "canary"), unbound),
+                "log_samples": True,
+            },
         )
         recipe = self.recipe.model_dump(
             mode="json", by_alias=True, exclude_defaults=True, exclude={"offload", "gradient_checkpointing"}

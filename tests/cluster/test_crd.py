@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_api.exchange import ExpertWeights, Inspection, LinearModule, ModelShape, Recipe, Score, TokenCounts
+from qlora_api.exchange import ExpertWeights, Finding, Inspection, LinearModule, ModelShape, Recipe, Score, TokenCounts
+from qlora_api.findings import FindingCode
 from qlora_api.schema import crd
 from qlora_api.v1alpha1 import (
     PLURAL,
@@ -342,6 +343,8 @@ STATUS = JobStatus(
         loss_token_percent=31.5,
         duplicates=3,
         leakage=0,
+        near_duplicates=4,
+        findings=[Finding(severity="warns", code=FindingCode.TRUNCATED, count=4, example="train[0] line 7")],
     ),
     plan=Plan(
         recipe=Recipe(

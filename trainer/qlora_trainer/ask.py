@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, help="a PEFT directory to put on it")
     question = parser.add_mutually_exclusive_group(required=True)
     question.add_argument("--prompt", help="what to ask; as a chat message where the model has a chat template")
-    question.add_argument("--golden", type=Path, help="a JSONL file of examples: print the exact match over it")
+    question.add_argument("--golden", type=Path, help="a file of examples: print the exact match over it")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args(arguments)
     prepare_process()
@@ -63,10 +63,10 @@ def prompt_for(tokenizer: Any, text: str) -> list[int]:
 
 
 def golden_examples(path: Path) -> list[Any]:
-    """The examples of a JSONL file that lies here."""
+    """The examples of a file that lies here."""
     from qlora_trainer.data import read_file
 
-    return read_file(path, None, str(path))[0]
+    return read_file(path)
 
 
 if __name__ == "__main__":

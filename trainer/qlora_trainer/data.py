@@ -1,188 +1,372 @@
-"""Examples as users write them: read, checked, deduplicated, split, compared. No tokens here."""
+"""The data of a job: its sources read row by row, checked, deduplicated, split, weighted, compared. No tokens here.
+
+Data may be larger than memory: it is read twice (once to know which examples there are, then whenever they are
+needed), and of an example some 60 bytes are kept. Golden and canary sets are held whole.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-from qlora_api.exchange import DataOrder, DataSource
+import numpy as np
+
+from qlora_api.exchange import FINDING_PLACE_MAX, FINDINGS_REPORTED, DataOrder, DataSource, Finding
+from qlora_api.findings import FINDINGS, FindingCode
 from qlora_trainer.artifacts import combined_digest, file_digest
 from qlora_trainer.environment import Pod, log
 from qlora_trainer.failures import BadInput
+from qlora_trainer.formats import (
+    DATA_SUFFIXES,
+    FORMATS,
+    Example,
+    Format,
+    Kind,
+    Mistake,
+    holds_a_list,
+    parse_row,
+    rows_of,
+)
 
-Format = Literal["messages", "prompt-completion"]
-FORMATS: tuple[Format, ...] = ("messages", "prompt-completion")
-ROLES = ("system", "user", "assistant", "tool")
-#: After which roles a role may stand (None: at the beginning).
-_MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-EVAL, GOLDEN = "dataset.eval", "evaluation.golden"
+EVAL, GOLDEN, CANARY = "dataset.eval", "evaluation.golden", "evaluation.canary"
 #: So many mistakes are named at once; nobody wants to hear of them one by one.
 _MISTAKES_NAMED = 5
+_KEYS_NAMED = 20
+_KEY_BYTES = 16
+
+
+class Findings:
+    """What was found wrong so far, by kind: how often, and where first."""
+
+    def __init__(self) -> None:
+        self._found: dict[FindingCode, Finding] = {}
+        self._sentences: list[str] = []
+
+    def add(self, code: FindingCode, where: str | None = None, count: int = 1) -> None:
+        """Another finding of the kind, or `count` of them of which the first is at `where`."""
+        before = self._found.get(code)
+        where = where and where.removeprefix("dataset.")
+        if where and len(where) > FINDING_PLACE_MAX:
+            where = f"…{where[1 - FINDING_PLACE_MAX :]}"
+        self._found[code] = Finding(
+            severity=FINDINGS[code].severity,
+            code=code,
+            count=count + (before.count if before else 0),
+            example=before.example if before else where,
+        )
+
+    def mistake(self, where: str, mistake: Mistake) -> None:
+        """A row that ends the job, in the words for the one who wrote it."""
+        self.add(mistake.code, where)
+        if len(self._sentences) < _MISTAKES_NAMED:
+            self._sentences.append(f"{where}: {mistake}")
+
+    def refuse(self) -> None:
+        """Raises BadInput with the first few mistakes and how many there are, where there is one."""
+        if not self._sentences:
+            return
+        failing = [finding for finding in self._found.values() if finding.severity == "fails"]
+        more = sum(finding.count for finding in failing) - len(self._sentences)
+        counts = ", ".join(f"{finding.code} {finding.count}" for finding in failing)
+        raise BadInput("\n".join([*self._sentences, *([f"and {more} more; in all {counts}"] if more else [])]))
+
+    def reported(self) -> list[Finding]:
+        """For the status: the gravest kinds first."""
+        return [self._found[code] for code in FINDINGS if code in self._found][:FINDINGS_REPORTED]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One example. `content` is its JSON value, reduced to the keys that are used."""
+class File:
+    """A file of examples: what the user calls it, and in which format the file's source is."""
 
-    format: Format
-    content: dict[str, Any]
+    path: Path
+    where: str
+    format: Format | None
 
-    @property
-    def key(self) -> bytes:
-        """Equal for equal examples, and for no others."""
-        text = json.dumps(self.content, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    def examples(self) -> Iterator[tuple[str, Example | Mistake]]:
+        """Each example, or what is wrong with it, and where it stands (`line 3`)."""
+        return ((place, found if isinstance(found, Mistake) else found[0]) for place, found in self.parsed())
 
-    @property
-    def normalised(self) -> bytes:
-        """Equal for examples that say the same but for case and white space, in whichever format."""
-        if self.format == "messages":
-            parts = [str(message.get("content") or "") for message in self.content["messages"]]
-        else:
-            parts = [self.content["prompt"], self.content["completion"]]
-        text = "\n".join(" ".join(part.split()).casefold() for part in parts)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    def parsed(self) -> Iterator[tuple[str, tuple[Example, Format, set[str]] | Mistake]]:
+        """As `examples`, with each example's format and the keys of its row that are not used.
 
-    @property
-    def expected(self) -> str:
-        """The answer that is asked for: the last message, or the completion."""
-        if self.format == "messages":
-            return self.content["messages"][-1].get("content") or ""
-        return self.content["completion"]
+        The first example decides on the format where the source does not say.
+        """
+        expected = self.format
+        for place, row in rows_of(self.path):
+            if isinstance(row, Mistake):
+                yield place, row
+                continue
+            try:
+                example, expected, unused = parse_row(row, expected)
+            except Mistake as mistake:
+                yield place, mistake
+            else:
+                yield place, (example, expected, unused)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples in files, read anew each time; `times` says how often each of them is meant, in order."""
+
+    files: list[File]
+    keys: np.ndarray
+    times: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.times.sum())
+
+    def __iter__(self) -> Iterator[Example]:
+        for _, example, times in self.counted():
+            for _ in range(times):
+                yield example
+
+    def placed(self) -> Iterator[tuple[str, Example]]:
+        """Each example once, with its place."""
+        return ((where, example) for where, example, _ in self.counted())
+
+    def counted(self) -> Iterator[tuple[str, Example, int]]:
+        """Each example once, with its place and how often it is meant. Raises BadInput when a file has changed."""
+        numbered = zip(self.keys, self.times, strict=True)
+        for file in self.files:
+            for place, found in file.examples():
+                key, times = next(numbered, (None, 0))
+                # numpy leaves out zeros at the end of a string of bytes
+                if isinstance(found, Mistake) or key is None or found.key[:_KEY_BYTES].rstrip(b"\0") != key:
+                    raise BadInput(f"{file.where} {place}: the file was changed while it was read")
+                if times:
+                    yield f"{file.where} {place}", found, int(times)
+        if next(numbered, None) is not None:
+            raise BadInput(f"{self.files[-1].where}: the file was changed while it was read")
 
 
 @dataclass
 class Corpus:
     """The data of a job, ready to be tokenised."""
 
-    train: list[Example]
-    eval: list[Example]
+    train: Examples
+    eval: Examples
     golden: list[Example]
+    canary: list[Example]
     digest: str
+    formats: frozenset[Kind]
+    """What training examples are."""
     duplicates: int
     leaked: dict[str, int] = field(default_factory=dict)
+    leaks: frozenset[bytes] = frozenset()
+    """Which examples, by their normalised text, are both trained on and held out."""
+    findings: Findings = field(default_factory=Findings)
 
-    @property
-    def format(self) -> Format:
-        """The one format of all training examples."""
-        return self.train[0].format
+
+@dataclass
+class _Read:
+    """What is kept of the examples of a source."""
+
+    files: list[File]
+    keys: bytearray = field(default_factory=bytearray)
+    normalised: bytearray = field(default_factory=bytearray)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    in_file: array[int] = field(default_factory=lambda: array("i"))
+    kinds: set[Kind] = field(default_factory=set)
+    held: list[Example] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def key_array(self) -> np.ndarray:
+        return np.frombuffer(self.keys, dtype=f"S{_KEY_BYTES}")
+
+    def normalised_array(self) -> np.ndarray:
+        return np.frombuffer(self.normalised, dtype=f"S{_KEY_BYTES}")
+
+    def place(self, number: int) -> str:
+        """Where the example stands."""
+        file = self.files[self.in_file[number]]
+        return f"{file.where} {'row' if file.path.suffix == '.parquet' else 'line'} {self.numbers[number]}"
 
 
 def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
-    """Read everything in `data`: remove duplicates, split, look for leakage.
+    """Read everything in `data`: remove duplicates, split, weigh, look for leakage.
 
     The split goes by each example's own hash, before any processing, so that it stays the same when data is added.
     Raises BadInput naming source, line and mistake.
     """
     digests: dict[str, str] = {}
-    read: list[Example] = []
-    held_out: list[Example] = []
-    golden: list[Example] = []
-    for where, source in named_sources(data):
-        into = {EVAL: held_out, GOLDEN: golden}.get(where, read)
-        into += read_source(source, where, pod, digests)
-
-    formats = sorted({example.format for example in (*read, *held_out)})
-    if len(formats) > 1:
-        raise BadInput(f"dataset: sources of different formats ({' and '.join(formats)}): write all of them in one")
-
-    train = list({example.key: example for example in reversed(read)}.values())[::-1]
-    duplicates = len(read) - len(train)
-    if data.eval_fraction:
-        threshold = int(data.eval_fraction * 2**64)
-        chosen = [int.from_bytes(example.key[:8], "big") < threshold for example in train]
-        held_out = [example for example, out in zip(train, chosen, strict=True) if out]
-        train = [example for example, out in zip(train, chosen, strict=True) if not out]
-        if not held_out:
-            log.info("evalFraction %s of %d examples left none for evaluation", data.eval_fraction, len(train))
-    if not train:
-        raise BadInput(f"dataset.evalFraction: {data.eval_fraction} leaves no example to train on")
-
-    known = {example.normalised for example in train}
-    leaked = {
-        name: sum(example.normalised in known for example in examples)
-        for name, examples in (("eval", held_out), ("golden", golden))
-        if examples
+    findings = Findings()
+    named = named_sources(data)
+    read = {
+        where: _read(source, where, pod, digests, findings, held=where in (GOLDEN, CANARY)) for where, source in named
     }
-    for name, count in leaked.items():
-        if count:
-            log.info("LEAKAGE: %d %s examples are also training examples; their score says little", count, name)
-    return Corpus(train, held_out, golden, combined_digest(digests), duplicates, leaked)
+    findings.refuse()
+    sources = [read[where] for where, source in named if where not in (EVAL, GOLDEN, CANARY)]
+
+    keys = np.concatenate([source.key_array() for source in sources])
+    _, first = np.unique(keys, return_index=True)
+    kept = np.zeros(len(keys), bool)
+    kept[first] = True
+    duplicates = len(keys) - len(first)
+    if duplicates:
+        findings.add(FindingCode.DUPLICATES, _place(sources, int(np.argmin(kept))), duplicates)
+    halves = np.frombuffer(keys.tobytes(), dtype=">u8").reshape(-1, 2)
+    held_out = np.zeros(len(keys), bool)
+    if data.eval_fraction:
+        held_out = kept & (halves[:, 0] < np.uint64(min(int(data.eval_fraction * 2**64), 2**64 - 1)))
+        if not held_out.any():
+            log.info("evalFraction %s of %d examples left none for evaluation", data.eval_fraction, len(first))
+    kept &= ~held_out
+    if not kept.any():
+        raise BadInput(f"dataset.evalFraction: {data.eval_fraction} leaves no example to train on")
+    times = np.zeros(len(keys), np.int32)
+    start = 0
+    for source, order in zip(sources, data.train, strict=True):
+        here = slice(start, start + len(source))
+        times[here] = _times(kept[here], halves[here, 1], order.weight)
+        start = here.stop
+
+    files = [file for source in sources for file in source.files]
+    corpus = Corpus(
+        train=Examples(files, keys, times),
+        eval=Examples(files, keys, held_out.astype(np.int32)),
+        golden=read[GOLDEN].held if GOLDEN in read else [],
+        canary=read[CANARY].held if CANARY in read else [],
+        digest=combined_digest(digests),
+        formats=frozenset(kind for source in sources for kind in source.kinds),
+        duplicates=duplicates,
+        findings=findings,
+    )
+    if EVAL in read:
+        corpus.eval = Examples(read[EVAL].files, read[EVAL].key_array(), np.ones(len(read[EVAL]), np.int32))
+    known = np.unique(np.concatenate([source.normalised_array() for source in sources])[times > 0])
+    split = np.flatnonzero(held_out)
+    sets = {"eval": (sources, split)} if data.eval_fraction else {}
+    sets |= {
+        name: ([read[where]], np.arange(len(read[where])))
+        for name, where in (("eval", EVAL), ("golden", GOLDEN), ("canary", CANARY))
+        if where in read
+    }
+    leaks: set[bytes] = set()
+    for name, (of, chosen) in sets.items():
+        normalised = np.concatenate([source.normalised_array() for source in of])[chosen]
+        also = np.isin(normalised, known)
+        if normalised.size:
+            corpus.leaked[name] = int(also.sum())
+        if also.any():
+            findings.add(FindingCode.LEAKED, _place(of, int(chosen[np.argmax(also)])), int(also.sum()))
+            leaks.update(bytes(value).ljust(_KEY_BYTES, b"\0") for value in normalised[also])
+            log.info("LEAKAGE: %d %s examples are also training examples; their score says little", also.sum(), name)
+    corpus.leaks = frozenset(leaks)
+    return corpus
+
+
+def leak_key(example: Example) -> bytes:
+    """What `Corpus.leaks` knows an example by."""
+    return example.normalised[:_KEY_BYTES]
+
+
+def _place(sources: list[_Read], number: int) -> str:
+    for source in sources:
+        if number < len(source):
+            return source.place(number)
+        number -= len(source)
+    raise IndexError(number)
+
+
+def _times(kept: np.ndarray, order: np.ndarray, weight: float | None) -> np.ndarray:
+    """How often each example occurs in an epoch: `weight` times, its fraction as that share of them, by hash."""
+    if weight is None:
+        return kept.astype(np.int32)
+    whole, here = int(weight), np.flatnonzero(kept)
+    times = np.where(kept, whole, 0).astype(np.int32)
+    chosen = round((weight - whole) * len(here))
+    if not whole and len(here):
+        chosen = max(1, chosen)
+    times[here[np.argsort(order[here], kind="stable")[:chosen]]] += 1
+    return times
 
 
 def named_sources(data: DataOrder) -> list[tuple[str, DataSource]]:
     """Every source of `data`, with the field of the spec that names it."""
-    held_out = [(EVAL, data.eval), (GOLDEN, data.golden)]
+    held_out = [(EVAL, data.eval), (GOLDEN, data.golden), (CANARY, data.canary)]
     train = [(f"dataset.train[{number}]", source) for number, source in enumerate(data.train)]
     return train + [(where, source) for where, source in held_out if source]
 
 
-def read_source(source: DataSource, where: str, pod: Pod, digests: dict[str, str]) -> list[Example]:
-    """Every example of one source, a JSONL file or a directory of such; adds the files' digests to `digests`."""
+def _files(source: DataSource, where: str, pod: Pod) -> list[Path]:
     path = pod.path_of(source.uri, where)
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise BadInput(f"{where}: {source.uri} is a directory without *.jsonl files{_listing(path)}")
-    elif path.is_file():
-        files = [path]
-    else:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
         raise BadInput(f"{where}: {source.uri} does not exist{_listing(path.parent)}")
-    if source.format is not None and source.format not in FORMATS:
-        raise BadInput(f"{where}: format {source.format!r} is not supported yet; formats are {', '.join(FORMATS)}")
-    expected: Format | None = next((known for known in FORMATS if known == source.format), None)
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix in DATA_SUFFIXES and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and (file.suffix != ".json" or holds_a_list(file))  # others say something about the data or the model
+    ]  # fmt: skip
+    if not files:
+        kinds = ", ".join(f"*{suffix}" for suffix in DATA_SUFFIXES)
+        raise BadInput(f"{where}: {source.uri} is a directory without data files ({kinds}){_listing(path)}")
+    return files
 
-    examples: list[Example] = []
+
+def _read(
+    source: DataSource, where: str, pod: Pod, digests: dict[str, str], findings: Findings, *, held: bool
+) -> _Read:
+    """What is kept of one source, a file or a directory of such; adds the files' digests to `digests`."""
+    paths = _files(source, where, pod)
+    if source.format is not None and source.format not in FORMATS:
+        raise BadInput(f"{where}: format {source.format!r} is not known; formats are {', '.join(FORMATS)}")
+    expected: Format | None = next((known for known in FORMATS if known == source.format), None)
+    kept = _Read([])
     ignored: set[str] = set()
-    for file in files:
-        digests[f"{where}/{file.name}"] = file_digest(file)
-        found, unused = read_file(file, expected, where if len(files) == 1 else f"{where} {file.name}")
-        examples += found
-        ignored |= unused
-        expected = found[0].format if found else expected
-    if not examples:
-        raise BadInput(f"{where}: {source.uri} has no examples; each line of a JSONL file is one")
+    mistakes = 0
+    top = pod.path_of(source.uri, where)
+    for path in paths:
+        name = path.name if path == top else path.relative_to(top).as_posix()
+        digests[f"{where}/{name}"] = file_digest(path)
+        file = File(path, where if len(paths) == 1 else f"{where} {name}", expected)
+        kept.files.append(file)
+        for place, found in file.parsed():
+            if isinstance(found, Mistake):
+                findings.mistake(f"{file.where} {place}", found)
+                mistakes += 1
+                continue
+            example, expected, unused = found
+            if where == GOLDEN and example.format == "text":
+                said = Mistake(FindingCode.WRONG_SHAPE, "a text asks for no answer: golden examples have one")
+                findings.mistake(f"{file.where} {place}", said)
+                mistakes += 1
+                continue
+            kept.keys += example.key[:_KEY_BYTES]
+            kept.normalised += example.normalised[:_KEY_BYTES]
+            kept.numbers.append(int(place.rpartition(" ")[2]))
+            kept.in_file.append(len(kept.files) - 1)
+            kept.kinds.add(example.format)
+            if len(ignored) < _KEYS_NAMED:
+                ignored |= unused
+            if held:
+                kept.held.append(example)
+    if not len(kept) and not mistakes:
+        what = "each line of a JSONL file is one" if paths[0].suffix == ".jsonl" else "each row or item is one"
+        raise BadInput(f"{where}: {source.uri} has no examples; {what}")
     if ignored:
         log.info("%s: these keys are not used: %s", where, ", ".join(sorted(ignored)))
+    return kept
+
+
+def read_file(path: Path) -> list[Example]:
+    """All examples of a file. Raises BadInput with the first few mistakes."""
+    findings, examples = Findings(), []
+    for place, found in File(path, str(path), None).examples():
+        if isinstance(found, Mistake):
+            findings.mistake(f"{path} {place}", found)
+        else:
+            examples.append(found)
+    findings.refuse()
     return examples
-
-
-def read_file(path: Path, expected: Format | None, where: str) -> tuple[list[Example], set[str]]:
-    """The examples of a JSONL file, and the keys in it that are not used.
-
-    Raises BadInput with the first few mistakes, each with its line; `where` is what the user calls the file.
-    """
-    examples: list[Example] = []
-    mistakes: list[str] = []
-    ignored: set[str] = set()
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                example, unused = parse_line(line, expected)
-            except ValueError as error:
-                mistakes.append(f"{where} line {number}: {error}")
-                if len(mistakes) > _MISTAKES_NAMED:
-                    break
-                continue
-            expected = example.format
-            examples.append(example)
-            ignored |= unused
-    if len(mistakes) > _MISTAKES_NAMED:
-        mistakes[_MISTAKES_NAMED:] = ["and more"]
-    if mistakes:
-        raise BadInput("\n".join(mistakes))
-    return examples, ignored
 
 
 def _listing(directory: Path) -> str:
@@ -190,96 +374,3 @@ def _listing(directory: Path) -> str:
         return ": its directory does not exist either; check the claim's name and the path"
     found = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     return f"; there is {', '.join(found[:8])}" if found else "; its directory is empty"
-
-
-def parse_line(line: bytes, expected: Format | None) -> tuple[Example, set[str]]:
-    """The example in one line of JSONL, and its keys that are not used.
-
-    Raises ValueError with what is wrong, in words for the one who wrote it.
-    """
-    try:
-        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        what = error.msg.removesuffix(" at")  # some of its messages end in it, some do not
-        raise ValueError(f"not JSON: {what} at column {error.colno}; each line is one whole example") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read: nested too deep") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {_kind(row)}, not an object")
-    found = _format_of(row, expected)
-    if found == "messages":
-        _check_messages(row["messages"])
-        content: dict[str, Any] = {"messages": row["messages"]}
-        if row.get("tools"):
-            if not isinstance(row["tools"], list):
-                raise ValueError(f"tools is a {_kind(row['tools'])}, not a list")
-            content["tools"] = row["tools"]
-    else:
-        for key in ("prompt", "completion"):
-            if not isinstance(row[key], str):
-                raise ValueError(f"{key} is a {_kind(row[key])}, not a string")
-            if not row[key].strip():
-                raise ValueError(f"{key} is empty")
-        content = {"prompt": row["prompt"], "completion": row["completion"]}
-    return Example(found, content), set(row) - set(content)
-
-
-def _format_of(row: dict[str, Any], expected: Format | None) -> Format:
-    found: list[Format] = []
-    if "messages" in row:
-        found.append("messages")
-    if "prompt" in row and "completion" in row:
-        found.append("prompt-completion")
-    if expected in found:
-        return expected
-    if found and not expected:
-        return found[0]
-    keys = ", ".join(sorted(row)) or "none"
-    if found:
-        raise ValueError(f"format {found[0]}, but the format of the source is {expected}: use one format in a source")
-    if expected == "messages":
-        raise ValueError(f"no messages; keys are {keys}")
-    missing = [key for key in ("prompt", "completion") if key not in row]
-    if expected or len(missing) == 1:
-        raise ValueError(f"no {' and no '.join(missing)}; keys are {keys}")
-    raise ValueError(f"neither messages nor prompt and completion; keys are {keys}")
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list):
-        raise ValueError(f"messages is a {_kind(messages)}, not a list")
-    if not messages:
-        raise ValueError("messages is empty")
-    before: str | None = None
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"messages[{number}] is a {_kind(message)}, not an object")
-        role = message.get("role")
-        if role not in ROLES:
-            raise ValueError(f"messages[{number}]: role {json.dumps(role)}; roles are {', '.join(ROLES)}")
-        if before not in _MAY_FOLLOW[role]:
-            after = f"after {before}" if before else "at the beginning"
-            raise ValueError(f"messages[{number}]: {role} {after}; {_order(role)}")
-        content = message.get("content")
-        calls_tools = role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]
-        if content is not None and not isinstance(content, str):
-            raise ValueError(f"messages[{number}]: content is a {_kind(content)}, not a string")
-        if not (content or "").strip() and not calls_tools:
-            raise ValueError(f"messages[{number}]: content of {role} is empty")
-        before = role
-    if before != "assistant":
-        raise ValueError(f"the last message is of {before}, not of assistant: there is nothing to learn from it")
-
-
-def _order(role: str) -> str:
-    allowed = [f"after {name}" if name else "at the beginning" for name in _MAY_FOLLOW[role]]
-    return f"{role} stands {' or '.join(allowed)}"
-
-
-def _kind(value: Any) -> str:
-    names: Iterable[tuple[type | tuple[type, ...], str]] = (
-        (bool, "boolean"), ((int, float), "number"), (str, "string"), (list, "list"), (dict, "object")
-    )  # fmt: skip
-    return next((name for kind, name in names if isinstance(value, kind)), "null")

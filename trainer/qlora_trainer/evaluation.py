@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlora_trainer.data import Example
 from qlora_trainer.environment import log
+from qlora_trainer.formats import Example
 from qlora_trainer.ranks import ALONE, Ranks
 from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate, prompt_tokens
 

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from qlora_api.exchange import SCRATCH_GIB, Document, InspectOrder, MergeOrder, TrainOrder, is_claim
 from qlora_trainer.artifacts import file_digest, sync, write_file
-from qlora_trainer.data import named_sources
+from qlora_trainer.data import DATA_SUFFIXES, named_sources
 from qlora_trainer.environment import Pod, log
 from qlora_trainer.failures import BadInput
 from qlora_trainer.stores import Object, Store, open_store, require_space
@@ -122,11 +122,11 @@ def _data(
     record = read_record(directory) if _is_whole(directory, uri) else None
     if record is None:
         store = open_store(field, uri, secret, pod)
-        objects = {found: at for found, at in store.objects().items() if found.endswith(".jsonl")}
+        objects = {found: at for found, at in store.objects().items() if found.endswith(DATA_SUFFIXES)}
         if not objects and (itself := store.object_itself()):
             objects = {name: itself}
         if not objects:
-            told = f"{field}.uri: there is no {uri} at {store.place}, nor *.jsonl files below it{store.neighbours()}"
+            told = f"{field}.uri: there is no {uri} at {store.place}, nor data files below it{store.neighbours()}"
             raise BadInput(told)
         size = sum(found.bytes for found in objects.values())
         if room_bytes is not None and size > room_bytes:

@@ -1,20 +1,36 @@
-"""The inspect stage: whether model and data can work together, and the facts that sizing needs. Reads no weights."""
+"""The inspect stage: whether model and data can work together, and the facts that sizing needs. Reads no weights.
+
+Examples are tokenised and forgotten: what is kept of them are lengths, and where loss lies. What is found in the data
+fails the job or warns, by the table of `qlora_api.findings`.
+"""
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qlora_api.exchange import Inspection, InspectOrder, TokenCounts
-from qlora_trainer.data import read_corpus
+from qlora_api.findings import ENOUGH_EVAL_EXAMPLES, FindingCode
+from qlora_trainer.data import GOLDEN, Corpus, leak_key, read_corpus
 from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
+from qlora_trainer.formats import Mistake
 from qlora_trainer.inputs import download_bytes, with_inputs
 from qlora_trainer.stores import open_store
 
+if TYPE_CHECKING:
+    from qlora_trainer.sequences import Extents, Tokenisation
+
 #: Sequence lengths are rounded up to this, which suits the kernels.
 LENGTH_STEP = 64
+#: So many examples are rendered once more to see whether they survive it; it takes as long as tokenising them thrice.
+ROUND_TRIPS = 256
+#: So many held-out examples are tried with the tokenizer; all are, by train.
+HELD_OUT_TRIED = 256
+_EVERY = 100_000
 
 
 def inspect(order: InspectOrder, pod: Pod) -> Inspection:
@@ -29,10 +45,11 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         "%d training examples (%d duplicates removed), %d for evaluation, %d golden",
         len(corpus.train), corpus.duplicates, len(corpus.eval), len(corpus.golden),
     )  # fmt: skip
+    near_duplicates = _compare(corpus)
 
     # seconds to import, so only now: what is wrong with the data has been said
     from qlora_trainer.model import open_base
-    from qlora_trainer.sequences import Tokenisation, cut, log_samples, pack
+    from qlora_trainer.sequences import Tokenisation, packed
 
     quiet_libraries()
     base = open_base(Path(pod.path_of(order.model_uri, "model.uri")), order.model_uri)
@@ -41,27 +58,33 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         base.architecture, base.shape.parameters, base.shape.dtype, base.shape.max_position,
     )  # fmt: skip
 
-    tokenise = Tokenisation(base.tokenizer, corpus.format, order.loss)
-    sequences = [tokenise(example) for example in corpus.train]
-    lengths = np.array([len(sequence.ids) for sequence in sequences])
+    tokenise = Tokenisation(base.tokenizer, corpus.formats, order.loss)
+    extents, longest = _extents(corpus, tokenise, show=order.data.log_samples)
+    _try_held_out(corpus, tokenise)
+    corpus.findings.refuse()
+    lengths = extents.lengths
     max_length = _max_length(lengths, order.max_length, base.shape.max_position)
-    if order.data.log_samples:
-        log_samples(sequences, corpus, base.tokenizer)
 
-    kept = cut(sequences, max_length)
-    if not kept:
+    carrying = extents.loss_tokens(max_length)
+    kept = np.minimum(lengths, max_length)[carrying > 0]
+    if not kept.size:
         raise BadInput(
-            f"dataset: no token of {len(sequences)} examples carries loss ({tokenise.loss}) within {max_length} "
+            f"dataset: no token of {len(lengths)} examples carries loss ({tokenise.loss}) within {max_length} "
             "tokens: there is nothing to learn; raise dataset.maxLength or check dataset.loss"
         )
-    if len(kept) < len(sequences):
+    truncated = lengths > max_length
+    if truncated.any():
+        corpus.findings.add(FindingCode.TRUNCATED, f"{longest[1]}: {longest[0]} tokens", int(truncated.sum()))
+    if left_out := len(lengths) - len(kept):
+        corpus.findings.add(FindingCode.LEFT_OUT, None, left_out)
+        log.info("%d examples have nothing to learn within %d tokens and are left out", left_out, max_length)
+    if len(corpus.eval) < ENOUGH_EVAL_EXAMPLES:
+        corpus.findings.add(FindingCode.FEW_EVAL_EXAMPLES, None, len(corpus.eval))
+    findings = corpus.findings.reported()
+    for finding in findings:
         log.info(
-            "%d examples have nothing to learn within %d tokens and are left out",
-            len(sequences) - len(kept),
-            max_length,
+            "%s: %s %d%s", finding.severity, finding.code, finding.count, f", {finding.example}" * bool(finding.example)
         )
-    rows = pack(kept, max_length) if order.packing else kept
-    carrying = sum(sequence.loss_tokens for sequence in kept)
     return Inspection(
         architecture=base.architecture,
         model_digest=base.digest,
@@ -77,14 +100,78 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
             total=int(lengths.sum()),
         ),
         max_length=max_length,
-        sequences=len(rows),
+        sequences=len(packed(kept, max_length)[1]) - 1 if order.packing else len(kept),
         loss=tokenise.loss,
-        truncated_percent=round(100 * float((lengths > max_length).mean()), 2),
-        loss_token_percent=round(100 * carrying / sum(len(sequence.ids) for sequence in kept), 2),
+        truncated_percent=round(100 * float(truncated.mean()), 2),
+        loss_token_percent=round(100 * int(carrying.sum()) / int(kept.sum()), 2),
         duplicates=corpus.duplicates,
         leakage=sum(corpus.leaked.values()),
+        near_duplicates=near_duplicates,
+        findings=findings,
         download_bytes=download_bytes(pod),
     )
+
+
+def _compare(corpus: Corpus) -> int:
+    """How many training examples are nearly the same as an earlier one; notes those, and held-out ones that are."""
+    from qlora_trainer.duplicates import near
+
+    held_out = [(GOLDEN, example) for example in corpus.golden]
+    apart = (
+        (where, example)
+        for of in (held_out, corpus.eval.placed())
+        for where, example in of
+        if leak_key(example) not in corpus.leaks
+    )
+    repeated, leaked = near(corpus.train.placed(), apart)
+    for code, places in ((FindingCode.NEAR_DUPLICATES, repeated), (FindingCode.NEARLY_LEAKED, leaked)):
+        if places:
+            corpus.findings.add(code, places[0], len(places))
+    return len(repeated)
+
+
+def _extents(corpus: Corpus, tokenise: Tokenisation, *, show: bool) -> tuple[Extents, tuple[int, str]]:
+    """Where loss lies in each training example, and the longest with its place; notes what the templates do to them."""
+    from qlora_trainer.sequences import NO_LOSS, SAMPLES, Extents, log_samples, marked
+
+    extents, longest, samples = Extents(), (0, ""), []
+    stops = tokenise.stops()
+    for number, (where, example, times) in enumerate(corpus.train.counted(), start=1):
+        try:
+            sequence = tokenise(example)
+        except Mistake as mistake:
+            corpus.findings.mistake(where, mistake)
+            continue
+        extents.add(sequence, times)
+        longest = max(longest, (len(sequence.ids), where), key=lambda found: found[0])
+        if len(samples) < SAMPLES:
+            samples.append(marked(sequence, tokenise.tokenizer))
+        if stops.isdisjoint(sequence.labels) and any(label != NO_LOSS for label in sequence.labels):
+            corpus.findings.add(FindingCode.NO_STOP_TOKEN, where)
+        if number <= ROUND_TRIPS and (fault := tokenise.round_trip(example)):
+            corpus.findings.add(FindingCode.TEMPLATE_ROUND_TRIP, where)
+            log.info("%s: %s", where, fault)
+        if number % _EVERY == 0:
+            log.info("%d examples tokenised", number)
+    if show:
+        log_samples(samples, corpus.golden)
+    return extents, longest
+
+
+def _try_held_out(corpus: Corpus, tokenise: Tokenisation) -> None:
+    """Whether the tokenizer takes the first of what is held out: train meets it hours later."""
+    from qlora_trainer.sequences import prompt_tokens, require_chat_template
+
+    golden: list[tuple[str, Any]] = [(f"{GOLDEN} example {n}", found) for n, found in enumerate(corpus.golden, start=1)]
+    for where, example in (*islice(corpus.eval.placed(), HELD_OUT_TRIED), *golden[:HELD_OUT_TRIED]):
+        if example.format == "messages":
+            require_chat_template(tokenise.tokenizer)
+        try:
+            tokenise(example)
+        except Mistake as mistake:
+            corpus.findings.mistake(where, mistake)
+        else:
+            prompt_tokens(tokenise.tokenizer, example)
 
 
 def _max_length(lengths: np.ndarray, ordered: int | None, max_position: int) -> int:

@@ -18,6 +18,7 @@ from qlora_trainer.failures import Interrupted, is_out_of_memory
 from qlora_trainer.health import Health
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.optimization import learning_rate
+from qlora_trainer.prepared import Rows
 from qlora_trainer.ranks import ALONE, Ranks, whole, whole_state
 from qlora_trainer.recording import Recorder
 from qlora_trainer.sequences import Sequence, batches
@@ -33,7 +34,7 @@ class Learning:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     recipe: Recipe
-    rows: list[Sequence]
+    rows: Rows
     eval_rows: list[Sequence]
     steps: int
     device: torch.device

@@ -18,7 +18,6 @@ from qlora_api.peaks import peak_flops
 from qlora_trainer.adapter import adapter_weights, load_adapter, save_adapter, with_adapter
 from qlora_trainer.artifacts import directory_bytes, directory_digest
 from qlora_trainer.checkpoint import Checkpoints, Progress
-from qlora_trainer.data import read_corpus
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
 from qlora_trainer.evaluation import METRIC, exact_match
 from qlora_trainer.failures import BadInput, EnvironmentUnfit
@@ -27,11 +26,11 @@ from qlora_trainer.inputs import with_inputs
 from qlora_trainer.learning import Learning, learn
 from qlora_trainer.model import open_base
 from qlora_trainer.optimization import make_optimizer
+from qlora_trainer.prepared import open_prepared, prepare
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.ranks import Ranks, load_state, meeting, mesh_of, whole
 from qlora_trainer.recording import Recorder
 from qlora_trainer.results import record, recorded
-from qlora_trainer.sequences import Sequence, Tokenisation, cut, log_samples, pack
 from qlora_trainer.sharding import load_sharded
 
 
@@ -65,25 +64,12 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     base = open_base(pod.path_of(order.model_uri, "model.uri"), order.model_uri)
     if base.digest != order.model_digest:
         raise BadInput(f"model.uri: {order.model_uri} has changed since inspection: put it back, or create a new job")
-    corpus = read_corpus(order.data, pod)
-    if corpus.digest != order.data_digest:
-        raise BadInput("dataset: the data has changed since inspection: put it back, or create a new job")
-    tokenise = Tokenisation(base.tokenizer, corpus.format, recipe.loss)
-
-    def rows_of(tokenised: list[Sequence]) -> list[Sequence]:
-        kept = cut(tokenised, recipe.max_length)
-        return pack(kept, recipe.max_length, seed=recipe.seed) if recipe.packing and kept else kept
-
-    tokenised = [tokenise(example) for example in corpus.train]
-    if order.data.log_samples:
-        log_samples(tokenised, corpus, base.tokenizer)
-    rows, eval_rows = rows_of(tokenised), rows_of([tokenise(example) for example in corpus.eval])
-    if not rows:
-        raise BadInput("dataset: no token carries loss: there is nothing to learn")
+    data = open_prepared(ranks.from_first(lambda: prepare(order, pod, base)))
+    rows = data.train
     steps = recipe.steps(len(rows))
     log.info(
         "%d examples in %d sequences of at most %d tokens; %d steps of %d sequences, %d at a time",
-        len(corpus.train), len(rows), recipe.max_length, steps, recipe.effective_batch_size, order.micro_batch_size,
+        data.examples, len(rows), recipe.max_length, steps, recipe.effective_batch_size, order.micro_batch_size,
     )  # fmt: skip
 
     # the model: frozen base, fp32 adapter
@@ -117,7 +103,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         scaler,
         recipe,
         rows,
-        eval_rows,
+        list(data.eval),
         steps,
         device,
         base.tokenizer.pad_token_id,
@@ -141,13 +127,13 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     if ranks.first:
         save_adapter(model, learned, adapter_dir, order)
     scores: list[Score] = []
-    if corpus.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
+    if data.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
         model.eval()
         with model.disable_adapter():
-            before = exact_match(model, base.tokenizer, corpus.golden, "golden set, base", recorder.alive)
-        after = exact_match(model, base.tokenizer, corpus.golden, "golden set, tuned", recorder.alive)
-        scores = [Score(metric=METRIC, base=before, tuned=after, examples=len(corpus.golden))]
-        log.info("golden set of %d: exact match %.3f before, %.3f after", len(corpus.golden), before, after)
+            before = exact_match(model, base.tokenizer, data.golden, "golden set, base", recorder.alive)
+        after = exact_match(model, base.tokenizer, data.golden, "golden set, tuned", recorder.alive)
+        scores = [Score(metric=METRIC, base=before, tuned=after, examples=len(data.golden))]
+        log.info("golden set of %d: exact match %.3f before, %.3f after", len(data.golden), before, after)
 
     ranks.wait()
     tail = [loss for loss in progress.losses[-max(1, len(progress.losses) // 10) :] if math.isfinite(loss)]

@@ -85,7 +85,7 @@ class ModelSource(SpecPart):
 
 
 class DataSource(SpecPart):
-    """A file of examples, or a directory of such files."""
+    """A file of examples (JSONL, JSON, Parquet or CSV), or a directory of such files."""
 
     rules = (NO_SECRET_FOR_A_CLAIM,)
 
@@ -109,7 +109,8 @@ class TrainSource(DataSource):
         default=None,
         gt=0,
         le=1000,
-        description="How often this source is seen, relative to the others. Absent: each example once per epoch.",
+        description="How often each example of this source occurs in an epoch: 2 is twice, 0.5 is one half of them, "
+        "always the same, chosen by a hash of each example. Absent: once.",
     )
 
 
@@ -145,7 +146,7 @@ class Dataset(SpecPart):
     loss: Loss | None = Field(
         default=None,
         description="Which tokens are learned: assistant (the assistant's turns), completion, or all. "
-        "Absent: assistant for messages, completion for prompt-completion and instruction, all for text.",
+        "Absent: assistant for messages and sharegpt, completion for prompt-completion and instruction, all for text.",
     )
     log_samples: Flag = Field(
         default=False,

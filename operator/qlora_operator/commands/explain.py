@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from rich.console import Console
 
+from qlora_api.findings import FINDINGS
 from qlora_api.v1alpha1 import GROUP, PLURAL, Condition, Phase
 from qlora_api.v1alpha1.fields import Document
 from qlora_operator.commands import kubectl, watch
@@ -47,6 +48,20 @@ class ArtifactShown(Document):
     uri: str | None = None
 
 
+class FindingShown(Document):
+    """Of a finding, what is shown."""
+
+    code: str
+    count: int
+    example: str | None = None
+
+
+class InspectionShown(Document):
+    """Of what inspection found, what is to be looked at."""
+
+    findings: tuple[FindingShown, ...] = ()
+
+
 class Spec(watch.Spec):
     """Of the job's spec, what is looked at here."""
 
@@ -57,6 +72,7 @@ class Status(watch.Status):
     """Of the job's status, what is told."""
 
     conditions: tuple[Condition, ...] = ()
+    inspection: InspectionShown = InspectionShown()
     plan: PlanShown | None = None
     artifacts: tuple[ArtifactShown, ...] = ()
 
@@ -110,6 +126,14 @@ def unmet(job: Job) -> list[Condition]:
     ]
 
 
+def in_words(finding: FindingShown) -> str:
+    """A finding in a sentence, and what to do; of a kind that a later version found, no more than its name."""
+    first = f" (first: {finding.example})" if finding.example else ""
+    known = {code.value: kind for code, kind in FINDINGS.items()}.get(finding.code)
+    said = f": {known.meaning}; {known.cure}" if known else ""
+    return f"{finding.code} {finding.count:,}{first}{said}"
+
+
 def why_there(plan: PlanShown) -> str:
     """Why the chosen GPU will do."""
     needed = needed_bytes(plan.memory) / GIB
@@ -129,6 +153,10 @@ def show(job: Job, console: Console) -> None:
         for condition in waits:
             told = "" if condition.message in status.message else f": {condition.message}"
             say(console, f"  {condition.type} is {condition.status} ({condition.reason}){told}")
+    if found := status.inspection.findings:
+        _head(console, "to look at in the data")
+        for finding in found:
+            say(console, f"  {in_words(finding)}")
     if plan := status.plan:
         _head(console, "the plan")
         show_plan(plan, console)

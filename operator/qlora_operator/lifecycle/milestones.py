@@ -30,6 +30,8 @@ def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task |
     said: dict[ConditionType, Said] = {}
     if found := status.inspection:
         text = f"{found.architecture}, {found.shape.parameters:,} parameters, {found.examples:,} examples"
+        if found.findings:
+            text += f"; to look at: {', '.join(f'{finding.code} {finding.count:,}' for finding in found.findings)}"
         said[ConditionType.INSPECTED] = ("True", "Inspected", text)
     outdated = situation.phase is Phase.PLANNING and situation.reason != "Planned"
     if (plan := status.plan) and not outdated:

@@ -143,7 +143,7 @@ def _data(job: Job) -> DataOrder:
     dataset = job.spec.dataset
     golden = job.spec.evaluation.golden
     return DataOrder(
-        train=[_source(source) for source in dataset.train],
+        train=[_source(source).model_copy(update={"weight": source.weight}) for source in dataset.train],
         eval=_source(dataset.eval) if dataset.eval else None,
         eval_fraction=dataset.eval_fraction,
         golden=_source(golden) if golden else None,

@@ -101,6 +101,12 @@ def items_of(items: Sequence[Item]) -> tuple[MemoryItem, ...]:
     return tuple(MemoryItem(name=item.name, bytes=item.bytes) for item in items)
 
 
+def _all_tokens(inspection: Inspection) -> int:
+    """Of training and evaluation examples, taken to be equally long."""
+    examples = inspection.examples + inspection.eval_examples
+    return -(-inspection.tokens.total * examples // max(1, inspection.examples))
+
+
 def as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
     flavour, layout, recipe, memory = choice.flavour, choice.layout, choice.recipe, choice.memory
     steps = recipe.steps(inspection.sequences)
@@ -122,6 +128,7 @@ def as_plan(spec: JobSpec, inspection: Inspection, choice: Placed) -> Plan:
         download_bytes=inspection.download_bytes,
         checkpoints_kept=spec.checkpoint.keep,
         merged="merged" in spec.output.formats,
+        tokens=_all_tokens(inspection),
     )
     return Plan(
         recipe=recipe,

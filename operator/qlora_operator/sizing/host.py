@@ -10,7 +10,9 @@ from qlora_operator.sizing.training import DTYPE_BYTES, Training, decoder_of
 CUDA_HOST_BYTES = 3 * GIB
 #: One file of weights is mapped at a time, by all processes of a node together; published ones have at most so much.
 SHARD_BYTES = 10 * GIB
-#: Reports, logs, tokens and the tokenizer.
+#: One on the work volume; what says where examples begin is small beside them, but for examples of a few tokens.
+TOKEN_BYTES = 4
+#: Reports, logs and the tokenizer.
 RESULT_BYTES = GIB
 
 
@@ -41,16 +43,17 @@ def host_memory(
 
 
 def disk(
-    shape: ModelShape, recipe: Recipe, *, download_bytes: int, checkpoints_kept: int, merged: bool
+    shape: ModelShape, recipe: Recipe, *, download_bytes: int, checkpoints_kept: int, merged: bool, tokens: int = 0
 ) -> tuple[Item, ...]:
     """What the work volume holds when the most is on it.
 
     A checkpoint is the adapter and two fp32 moments; one more is being written while the others are kept. The merged
-    model is of the type that the base is stored in.
+    model is of the type that the base is stored in. Of `tokens`, all that the data has, each takes 4 bytes.
     """
     adapter = 4 * lora_parameters(shape, rank=recipe.rank, target_modules=recipe.target_modules)
     items = [
         Item("download", download_bytes),
+        Item("prepared data", TOKEN_BYTES * tokens),
         Item("checkpoints", 3 * adapter * (checkpoints_kept + 1)),
         Item("adapter", adapter),
         Item("merged model", shape.parameters * DTYPE_BYTES.get(shape.dtype, 4) if merged else 0),

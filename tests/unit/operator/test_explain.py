@@ -76,6 +76,17 @@ def test_a_job_that_waits_is_explained_from_top_to_bottom(kubectl: Kubectl, caps
     ]
 
 
+def test_what_inspection_warned_of_is_told_with_its_cure(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]):
+    document = ran_out_of_memory_and_waits()
+    of_a_later_version = {"severity": "warns", "code": "haunted", "count": 2}
+    truncated = {"severity": "warns", "code": "truncated", "count": 1234, "example": "train[0] line 7: 900 tokens"}
+    document["status"]["inspection"] = {"findings": [truncated, of_a_later_version]}
+    text = " ".join(below("to look at in the data", told(kubectl, capsys, document)))
+    assert "truncated 1,234 (first: train[0] line 7: 900 tokens): examples longer than `maxLength` lose" in text
+    assert "raise `dataset.maxLength`" in text
+    assert "haunted 2" in text
+
+
 FAILED_TRAINING = given.attempt(TRAIN, 2, "Diverged", exit_code=12, message="lower the rate")
 RUNNING = given.attempt(TRAIN, 2, "").model_copy(update={"outcome": None})
 PUBLISHED = (Artifact(name="adapter", state="Published", uri="pvc://models/support-bot/adapter"),)

@@ -344,8 +344,8 @@ def test_the_nodes_of_a_sharded_training_share_what_is_offloaded() -> None:
 def test_the_volume_holds_the_merged_model_only_where_it_is_asked_for() -> None:
     shape = SHAPES["meta-llama/Llama-3.1-8B"]
 
-    def items(*, merged: bool, kept: int = 2) -> dict[str, int]:
-        found = disk(shape, given.recipe(), download_bytes=0, checkpoints_kept=kept, merged=merged)
+    def items(*, merged: bool, kept: int = 2, tokens: int = 0) -> dict[str, int]:
+        found = disk(shape, given.recipe(), download_bytes=0, checkpoints_kept=kept, merged=merged, tokens=tokens)
         return {item.name: item.bytes for item in found}
 
     assert items(merged=True)["merged model"] == 2 * shape.parameters
@@ -353,6 +353,7 @@ def test_the_volume_holds_the_merged_model_only_where_it_is_asked_for() -> None:
     adapter = items(merged=False)["adapter"]
     assert items(merged=False, kept=3)["checkpoints"] - items(merged=False)["checkpoints"] == 3 * adapter
     assert "download" not in items(merged=False), "nothing comes from a store"
+    assert items(merged=False, tokens=1000) == items(merged=False) | {"prepared data": 4000}
 
 
 # --- the allocator ---

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_api.exchange import DataSource
-from qlora_trainer.data import parse_line, read_corpus, read_file
+from qlora_trainer.data import read_corpus, read_file
 from qlora_trainer.failures import BadInput
+from qlora_trainer.formats import parse_line
 
 from .conftest import Place, chat, examples, write_jsonl
 
@@ -31,7 +32,10 @@ GOOD = messages(("user", "a"), ("assistant", "b"))
         (b"\xff\xfe", "not UTF-8 at byte 0"),
         (b"[1, 2]", "a JSON list, not an object"),
         (b"7", "a JSON number, not an object"),
-        (b'{"text": "a"}', "neither messages nor prompt and completion; keys are text"),
+        (
+            b'{"story": "a"}',
+            "neither messages, prompt and completion, conversations, instruction and output, text; keys",
+        ),
         (b'{"prompt": "a"}', "no completion; keys are prompt"),
         (b'{"prompt": "a", "completion": " "}', "completion is empty"),
         (b'{"prompt": "", "completion": "b"}', "prompt is empty"),
@@ -50,22 +54,24 @@ GOOD = messages(("user", "a"), ("assistant", "b"))
 )
 def test_a_mistake_is_named_with_its_line(line: bytes, mistake: str, file_of: Callable[[bytes], Path]) -> None:
     with pytest.raises(BadInput) as raised:
-        read_file(file_of(b"\n\n" + line + b"\n" + GOOD), None, "dataset.train[0]")
-    assert str(raised.value).startswith("dataset.train[0] line 3: ")
+        read_file(file_of(b"\n\n" + line + b"\n" + GOOD))
+    assert "rows.jsonl line 3: " in str(raised.value)
     assert mistake in str(raised.value)
 
 
 def test_formats_are_not_mixed_in_a_source(file_of: Callable[[bytes], Path]) -> None:
     with pytest.raises(BadInput, match="line 2: format prompt-completion, but the format of the source is messages"):
-        read_file(file_of(GOOD + b'\n{"prompt": "a", "completion": "b"}\n'), None, "dataset.train[0]")
+        read_file(file_of(GOOD + b'\n{"prompt": "a", "completion": "b"}\n'))
 
 
 def test_many_mistakes_are_named_up_to_a_few(file_of: Callable[[bytes], Path]) -> None:
     with pytest.raises(BadInput) as raised:
-        read_file(file_of(b"{}\n" * 100), None, "dataset.train[0]")
+        read_file(file_of(b"{}\n" * 90 + b"{\n" * 10))
     lines = str(raised.value).splitlines()
-    assert [line.split(":")[0] for line in lines[:-1]] == [f"dataset.train[0] line {n}" for n in range(1, 6)]
-    assert lines[-1] == "and more"
+    assert [line.split(":")[0].rpartition("/")[2] for line in lines[:-1]] == [
+        f"rows.jsonl line {n}" for n in range(1, 6)
+    ]
+    assert lines[-1] == "and 95 more; in all wrongShape 90, brokenRow 10"
 
 
 @given(st.one_of(st.binary(), st.recursive(
@@ -78,7 +84,7 @@ def test_whatever_users_write_is_an_example_or_a_named_mistake(line: bytes) -> N
     except ValueError as error:
         assert str(error)
     else:
-        assert example.expected.strip() or example.content["messages"][-1]["tool_calls"]
+        assert example.format == "text" or example.expected.strip() or example.content["messages"][-1]["tool_calls"]
 
 
 def test_tool_calls_may_stand_without_content() -> None:
@@ -99,12 +105,15 @@ def test_duplicates_go_and_the_split_follows_the_example_itself(place: Place) ->
     assert whole.duplicates == 48
     assert len(whole.train) + len(whole.eval) == 48
     assert 4 <= len(whole.eval) <= 20
+    before = {example.key for example in whole.eval}
 
     write_jsonl(place.claims / "data" / "train.jsonl", [chat("new", "bird"), *reversed(examples())])
     grown = read_corpus(place.data(eval_fraction=0.25), place.pod)
-    kept = {example.key for example in grown.eval} - {example.key for example in whole.eval}
-    assert len(kept) <= 1, "old examples changed sides when one was added"
-    assert {example.key for example in whole.eval} <= {example.key for example in grown.eval}
+    after = {example.key for example in grown.eval}
+    assert before <= after
+    assert len(after - before) <= 1, "old examples changed sides when one was added"
+    with pytest.raises(BadInput, match=r"dataset\.train\[0\] line 1: the file was changed while it was read"):
+        list(whole.eval)
 
 
 def test_leakage_is_seen_through_case_and_white_space(place: Place) -> None:

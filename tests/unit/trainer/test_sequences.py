@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qlora_trainer.data import parse_line, read_corpus
+from qlora_trainer.data import read_corpus
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.failures import BadInput
-from qlora_trainer.sequences import NO_LOSS, Sequence, Tokenisation, batches, collate, cut, pack
+from qlora_trainer.formats import parse_line
+from qlora_trainer.sequences import NO_LOSS, Extents, Sequence, Tokenisation, batches, collate, cut, joined, packed
 
 from .conftest import Place, examples
 
@@ -34,7 +38,12 @@ def model(model_dir: Path) -> Any:
 
 def tokenised(place: Place, tokenizer: Any) -> list[Sequence]:
     corpus = read_corpus(place.data(), place.pod)
-    return [Tokenisation(tokenizer, "messages", None)(example) for example in corpus.train]
+    return [Tokenisation(tokenizer, {"messages"}, None)(example) for example in corpus.train]
+
+
+def pack(sequences: list[Sequence], max_length: int, seed: int = 0) -> list[Sequence]:
+    members, rows = packed(np.array([len(sequence.ids) for sequence in sequences]), max_length, seed=seed)
+    return [joined([sequences[number] for number in members[start:end]]) for start, end in pairwise(rows)]
 
 
 def learned(tokenizer: Any, sequence: Sequence) -> str:
@@ -54,17 +63,17 @@ def test_what_carries_loss_in_messages(tokenizer: Any, loss: Any, text: str) -> 
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"},'
         b'{"role": "user", "content": "b"}, {"role": "assistant", "content": "two"}]}'
     )
-    assert learned(tokenizer, Tokenisation(tokenizer, "messages", loss)(parse_line(line, None)[0])) == text
+    assert learned(tokenizer, Tokenisation(tokenizer, {"messages"}, loss)(parse_line(line, None)[0])) == text
 
 
 def test_what_carries_loss_in_prompts_and_completions(tokenizer: Any) -> None:
     example = parse_line(b'{"prompt": "a sparrow is a ", "completion": "bird"}', None)[0]
-    assert learned(tokenizer, Tokenisation(tokenizer, "prompt-completion", None)(example)) == "bird<|end|>"
-    whole = Tokenisation(tokenizer, "prompt-completion", "all")(example)
+    assert learned(tokenizer, Tokenisation(tokenizer, {"prompt-completion"}, None)(example)) == "bird<|end|>"
+    whole = Tokenisation(tokenizer, {"prompt-completion"}, "all")(example)
     assert learned(tokenizer, whole) == "a sparrow is a bird<|end|>"
     assert whole.loss_tokens == len(whole.ids) - 1  # nothing predicts the first
     with pytest.raises(BadInput, match="use completion"):
-        Tokenisation(tokenizer, "prompt-completion", "assistant")
+        Tokenisation(tokenizer, {"prompt-completion"}, "assistant")
 
 
 def test_templates_that_cannot_teach_an_assistant_are_refused(model_dir: Path) -> None:
@@ -74,14 +83,14 @@ def test_templates_that_cannot_teach_an_assistant_are_refused(model_dir: Path) -
         "+ '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|end|>' }}"
     )
     with pytest.raises(BadInput, match="never learn to stop"):
-        Tokenisation(tokenizer, "messages", "assistant")
+        Tokenisation(tokenizer, {"messages"}, "assistant")
     tokenizer.chat_template = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     with pytest.raises(BadInput, match=r"\{% generation %\} marks"):
-        Tokenisation(tokenizer, "messages", "assistant")
-    Tokenisation(tokenizer, "messages", "completion")
+        Tokenisation(tokenizer, {"messages"}, "assistant")
+    Tokenisation(tokenizer, {"messages"}, "completion")
     tokenizer.chat_template = None
     with pytest.raises(BadInput, match="need a chat template"):
-        Tokenisation(tokenizer, "messages", "all")
+        Tokenisation(tokenizer, {"messages"}, "all")
 
 
 def test_tokens_and_labels_are_those_of_trl(place: Place, tokenizer: Any, model: Any, tmp_path: Path) -> None:
@@ -115,6 +124,8 @@ def test_packing_loses_and_splits_nothing(lengths: list[int], seed: int) -> None
     assert sorted(parts) == sorted((sequence.ids, sequence.labels) for sequence in sequences)
     assert len(rows) == len(pack(sequences, 40, seed=seed + 1)), "inspect could not tell how many rows train has"
     assert sum(row.loss_tokens for row in rows) == sum(sequence.loss_tokens for sequence in sequences)
+    theirs = pack_dataset(Dataset.from_dict({"input_ids": [sequence.ids for sequence in sequences]}), 40, "bfd")
+    assert sorted(sorted(row.lengths) for row in rows) == sorted(sorted(row) for row in theirs["seq_lengths"])
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -137,8 +148,21 @@ def test_the_loss_is_the_models_own(place: Place, tokenizer: Any, model: Any) ->
 
 
 def test_cutting_drops_what_has_nothing_left_to_learn() -> None:
-    sequences = [Sequence([1] * 8, [NO_LOSS] * 6 + [1] * 2, [8]), Sequence([2] * 8, [NO_LOSS] * 2 + [2] * 6, [8])]
-    assert cut(sequences, 4) == [Sequence([2] * 4, [NO_LOSS, NO_LOSS, 2, 2], [4])]
+    assert cut(Sequence([1] * 8, [NO_LOSS] * 6 + [1] * 2, [8]), 4) is None
+    assert cut(Sequence([2] * 8, [NO_LOSS] * 2 + [2] * 6, [8]), 4) == Sequence([2] * 4, [NO_LOSS, NO_LOSS, 2, 2], [4])
+
+
+@given(st.lists(st.tuples(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 3))), st.integers(1, 35))
+def test_extents_know_what_cutting_would_leave(rows: list[tuple[list[bool], int]], max_length: int) -> None:
+    extents = Extents()
+    expected: list[int] = []
+    for carrying, times in rows:
+        sequence = Sequence([5] * len(carrying), [5 if carries else NO_LOSS for carries in carrying], [len(carrying)])
+        extents.add(sequence, times)
+        shorter = cut(sequence, max_length)
+        expected += [shorter.loss_tokens if shorter else 0] * times
+    assert extents.loss_tokens(max_length).tolist() == expected
+    assert extents.lengths.tolist() == [len(carrying) for carrying, times in rows for _ in range(times)]
 
 
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 2**31), st.integers(0, 30))
