@@ -60,12 +60,13 @@ up: $(VENV)/.ready ## Bring the embedded cluster up
 down: $(VENV)/.ready ## Stop the embedded cluster and remove what it left
 	$(PYTHON) -m tests.cluster down
 
-generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics, chart values, sizing errors and docs/cli.md
+generate: $(VENV)/.ready ## Write from their sources: CRD, reference, dashboard, tables of metrics, chart values, sizing errors, findings and docs/cli.md
 	$(PYTHON) -m qlora_api.schema
 	$(PYTHON) -m qlora_api.reference
 	$(PYTHON) -m charts.monitoring.dashboard
 	$(PYTHON) -m charts.monitoring.page
 	$(PYTHON) -m tests.unit.test_chart
+	$(PYTHON) -m tests.unit.test_data_page
 	$(PYTHON) -m tests.e2e.troubleshooting
 	$(PYTHON) -m tests.unit.operator.test_sizing
 	$(PYTHON) -m tests.unit.operator.test_known_sizes

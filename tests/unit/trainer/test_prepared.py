@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -17,7 +22,7 @@ from qlora_trainer.model import BaseModel, open_base
 from qlora_trainer.prepared import Prepared, Rows, directory_of, open_prepared, prepare
 from qlora_trainer.sequences import Sequence, Tokenisation, cut
 
-from .conftest import KIND, THINGS, Place, chat, examples, write_jsonl
+from .conftest import KIND, THINGS, Place, chat, examples, recipe_of, write_jsonl
 
 
 def base_of(place: Place) -> BaseModel:
@@ -141,3 +146,53 @@ def test_the_first_examples_are_kept_as_the_model_sees_them(place: Place, caplog
     assert "sparrow" not in caplog.text
     made(place, place.train_order(place.data(log_samples=True)))
     assert samples[0] in caplog.text
+
+
+WITHIN_LIMIT = """
+import json, resource, sys
+from pathlib import Path
+from qlora_api.exchange import InspectOrder, TrainOrder
+from qlora_trainer.environment import Pod, prepare_process, quiet_libraries
+from qlora_trainer.interruption import Interruption
+prepare_process()
+import qlora_trainer.duplicates
+from qlora_trainer.inspection import inspect
+from qlora_trainer.model import open_base
+from qlora_trainer.prepared import prepare
+quiet_libraries()
+orders, claims, allowed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+pod = Pod(Interruption(), claims)
+base = open_base(Path(claims) / "base" / "model", "pvc://base/model")
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + allowed, used + allowed))
+seen = inspect(InspectOrder.model_validate(orders["inspect"]), pod)
+order = TrainOrder.model_validate(orders["train"] | {"dataDigest": seen.data_digest, "modelDigest": seen.model_digest})
+rows = prepare(order, pod, base).train
+assert len(rows) == seen.sequences
+assert sum(len(row.ids) for row in rows) == seen.tokens.total
+print(seen.tokens.total)
+"""
+
+
+@pytest.mark.soak
+def test_data_may_be_larger_than_memory(place: Place) -> None:
+    """24 MiB of text, a multiple of it as tokens, through inspect and prepare with 16 MiB for all that they hold."""
+    config = place.claims / "base" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 256', '"max_position_embeddings": 65536'))
+    draw = random.Random(0)
+    with (place.claims / "data" / "train.jsonl").open("w") as file:
+        for _ in range(1536):
+            file.write(json.dumps({"text": draw.randbytes(8 << 10).hex()}) + "\n")
+    data = place.data(golden=None)
+    orders = {
+        "inspect": place.inspect_order(data, max_length=32768, packing=False).model_dump(mode="json", by_alias=True),
+        "train": TrainOrder(
+            **place.envelope(), model_uri="pvc://base/model", model_digest="", data=data, data_digest="",
+            recipe=recipe_of(max_length=32768, packing=False, loss="all"), micro_batch_size=1, gradient_accumulation=1,
+            accelerator="cpu", checkpoint_every_seconds=1, checkpoint_keep=1,
+        ).model_dump(mode="json", by_alias=True),
+    }  # fmt: skip
+    command = [sys.executable, "-c", WITHIN_LIMIT, json.dumps(orders), str(place.claims), str(16 << 20)]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE)
+    assert ended.returncode == 0
+    assert 4 * int(ended.stdout.splitlines()[-1]) > 2 * (16 << 20)
