@@ -97,8 +97,8 @@ def directory_of(order: TrainOrder) -> Path:
     return Path(order.work_dir) / "prepared" / _key(order).removeprefix("sha256:")[:16]
 
 
-def prepare(order: TrainOrder, pod: Pod, base: BaseModel) -> Prepared:
-    """The rows of `order`: as an earlier attempt has left them, or made now from the data. For one process of many.
+def prepare(order: TrainOrder, pod: Pod, base: BaseModel) -> Path:
+    """Where the rows of `order` are: as an earlier attempt has left them, or made now. For one process of many.
 
     Raises BadInput when the data is not what was inspected, or nothing in it is to be learned.
     """
@@ -113,10 +113,10 @@ def prepare(order: TrainOrder, pod: Pod, base: BaseModel) -> Prepared:
             _write(partial, order, corpus, base)
     else:
         log.info("the data was tokenised and packed before, and is read from the work volume")
-    prepared = open_prepared(directory)
     if order.data.log_samples:
+        prepared = open_prepared(directory)
         log_samples(prepared.samples, prepared.golden)
-    return prepared
+    return directory
 
 
 def open_prepared(directory: Path) -> Prepared:

@@ -30,7 +30,7 @@ def base_of(place: Place) -> BaseModel:
 
 
 def made(place: Place, order: TrainOrder) -> Prepared:
-    return prepare(order, place.pod, base_of(place))
+    return open_prepared(prepare(order, place.pod, base_of(place)))
 
 
 def parts(rows: Rows) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -158,7 +158,7 @@ prepare_process()
 import qlora_trainer.duplicates
 from qlora_trainer.inspection import inspect
 from qlora_trainer.model import open_base
-from qlora_trainer.prepared import prepare
+from qlora_trainer.prepared import open_prepared, prepare
 quiet_libraries()
 orders, claims, allowed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 pod = Pod(Interruption(), claims)
@@ -167,7 +167,7 @@ used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if 
 resource.setrlimit(resource.RLIMIT_DATA, (used + allowed, used + allowed))
 seen = inspect(InspectOrder.model_validate(orders["inspect"]), pod)
 order = TrainOrder.model_validate(orders["train"] | {"dataDigest": seen.data_digest, "modelDigest": seen.model_digest})
-rows = prepare(order, pod, base).train
+rows = open_prepared(prepare(order, pod, base)).train
 assert len(rows) == seen.sequences
 assert sum(len(row.ids) for row in rows) == seen.tokens.total
 print(seen.tokens.total)
