@@ -1,7 +1,7 @@
 """The data of a job: its sources read row by row, checked, deduplicated, split, weighted, compared. No tokens here.
 
-Data may be larger than memory: it is read twice (once to know which examples there are, then whenever they are
-needed), and of an example some 60 bytes are kept. Golden and canary sets are held whole.
+Data may be larger than memory: it is read once to know which examples there are, and again whenever they are needed. Of
+an example some 60 bytes are kept (220 at the peak, measured with 300,000). Golden and canary sets are held whole.
 """
 
 from __future__ import annotations
