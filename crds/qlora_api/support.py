@@ -43,25 +43,22 @@ class OnlySchemes:
 
 NOT_YET = Only()
 CLAIM_OR_S3 = OnlySchemes({"pvc": "pvc://claim/path", "s3": "s3://bucket/path"})
+CLAIM_S3_OR_HUB = OnlySchemes({**CLAIM_OR_S3.examples, "hf": "hf://owner/name"})
 
 LIMITS: dict[str, Only | OnlySchemes] = {
-    "model.uri": CLAIM_OR_S3,
-    "model.revision": NOT_YET,
+    "model.uri": CLAIM_S3_OR_HUB,
     "model.trustRemoteCode": NOT_YET,
-    "dataset.train[].uri": CLAIM_OR_S3,
-    "dataset.train[].revision": NOT_YET,
+    "dataset.train[].uri": CLAIM_S3_OR_HUB,
     "dataset.train[].format": Only(("messages", "prompt-completion")),
     "dataset.train[].weight": NOT_YET,
-    "dataset.eval.uri": CLAIM_OR_S3,
-    "dataset.eval.revision": NOT_YET,
+    "dataset.eval.uri": CLAIM_S3_OR_HUB,
     "dataset.eval.format": Only(("messages", "prompt-completion")),
     "lora.dora": NOT_YET,
     "lora.init": NOT_YET,
     "training.attention": Only(("sdpa", "eager")),
     "training.earlyStoppingEpochs": NOT_YET,
     "training.bestMetric": NOT_YET,
-    "evaluation.golden.uri": CLAIM_OR_S3,
-    "evaluation.golden.revision": NOT_YET,
+    "evaluation.golden.uri": CLAIM_S3_OR_HUB,
     "evaluation.golden.format": Only(("messages", "prompt-completion")),
     "evaluation.canary": NOT_YET,
     "evaluation.metrics[]": Only(("exactMatch",)),
@@ -74,8 +71,11 @@ LIMITS: dict[str, Only | OnlySchemes] = {
 }
 
 SUPPORTED = frozenset({
+    "model.revision",
     "model.credentialsSecretRef",
+    "dataset.train[].revision",
     "dataset.train[].credentialsSecretRef",
+    "dataset.eval.revision",
     "dataset.eval.credentialsSecretRef",
     "dataset.evalFraction",
     "dataset.maxLength",
@@ -105,6 +105,7 @@ SUPPORTED = frozenset({
     "training.offload",
     "training.maxGradNorm",
     "training.evalsPerEpoch",
+    "evaluation.golden.revision",
     "evaluation.golden.credentialsSecretRef",
     "hardware",
     "queue",

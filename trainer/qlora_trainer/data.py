@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_api.exchange import DataOrder, DataSource
+from qlora_api.exchange import EVAL_FIELD, GOLDEN_FIELD, DataOrder, DataSource, train_field
 from qlora_trainer.artifacts import combined_digest, file_digest
 from qlora_trainer.environment import Pod, log
 from qlora_trainer.failures import BadInput
@@ -24,7 +24,9 @@ _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-EVAL, GOLDEN = "dataset.eval", "evaluation.golden"
+EVAL, GOLDEN = EVAL_FIELD, GOLDEN_FIELD
+#: What a directory's files of examples are called.
+DATA_SUFFIXES = (".jsonl",)
 #: So many mistakes are named at once; nobody wants to hear of them one by one.
 _MISTAKES_NAMED = 5
 
@@ -122,7 +124,7 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
 def named_sources(data: DataOrder) -> list[tuple[str, DataSource]]:
     """Every source of `data`, with the field of the spec that names it."""
     held_out = [(EVAL, data.eval), (GOLDEN, data.golden)]
-    train = [(f"dataset.train[{number}]", source) for number, source in enumerate(data.train)]
+    train = [(train_field(number), source) for number, source in enumerate(data.train)]
     return train + [(where, source) for where, source in held_out if source]
 
 
@@ -130,7 +132,7 @@ def read_source(source: DataSource, where: str, pod: Pod, digests: dict[str, str
     """Every example of one source, a JSONL file or a directory of such; adds the files' digests to `digests`."""
     path = pod.path_of(source.uri, where)
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = sorted(file for file in path.iterdir() if file.name.endswith(DATA_SUFFIXES))
         if not files:
             raise BadInput(f"{where}: {source.uri} is a directory without *.jsonl files{_listing(path)}")
     elif path.is_file():
