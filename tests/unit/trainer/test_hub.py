@@ -33,6 +33,7 @@ from qlora_trainer.interruption import Interruption
 from qlora_trainer.merge import merge
 from qlora_trainer.training import train
 from tests.cluster.hub import Fault, Hub, directory_files, in_lfs, serving
+from tests.cluster.olah import mirroring
 
 from .conftest import Place
 from .test_main import finish
@@ -300,6 +301,35 @@ def test_large_files_are_asked_for_once_and_read_in_parts(shop: Shop, monkeypatc
     assert sum("resolve" in each.path for each in shop.hub.requests) <= 2 * stores.AT_ONCE
     assert all(each.range for each in shop.hub.requests if "resolve" in each.path or each.at_cdn)
     assert all(each.authorized != each.at_cdn for each in shop.hub.requests)
+
+
+@pytest.mark.soak
+def test_through_a_mirror_that_people_run(shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is a client of the test's hub, and a hub for ours: both speak as it expects."""
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.0)
+    token = shop.hub.token()
+    shop.hub.create("model", "team/private", shop.model, private=True, readers={token})
+    shop.secret(token=token)
+    orders = [
+        shop.place.inspect_order(**on_hub()),
+        shop.place.inspect_order(model_uri="hf://team/private", model_secret=SECRET),
+    ]
+    direct = []
+    for order in orders:
+        direct.append(inspect(order, shop.pod))
+        shutil.rmtree(shop.place.work)
+    with mirroring(shop.hub, tmp_path / "mirror") as endpoint:
+        monkeypatch.setenv(MIRROR_ENV, endpoint)
+        for order, expected in zip(orders, direct, strict=True):
+            assert inspect(order, shop.pod) == expected
+            shutil.rmtree(shop.place.work)
+        for changes, says in (
+            ({"model_uri": "hf://team/private"}, "has no model team/private that anybody may read (401)"),
+            ({"model_revision": "v9"}, "has no branch, tag or commit v9"),
+        ):
+            with pytest.raises(BadInput) as refused:
+                inspect(shop.place.inspect_order(**on_hub(**changes)), shop.pod)
+            assert says in str(refused.value)
 
 
 # --- what can go wrong ---
