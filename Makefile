@@ -78,12 +78,13 @@ format: $(VENV)/.ready ## Format the code
 
 # The development lock comes first and constrains the others: what is tested is what ships.
 COMPILE = $(PYTHON) -m uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate \
-          --python-version 3.11 --universal pyproject.toml
+          --python-version 3.11 --universal
 lock: $(VENV)/.ready ## Lock the dependencies anew
-	$(COMPILE) --extra operator --extra trainer --extra plot --group dev --output-file requirements/dev.lock
-	$(COMPILE) --constraint requirements/dev.lock --output-file requirements/base.lock
-	$(COMPILE) --constraint requirements/dev.lock --extra operator --output-file requirements/operator.lock
-	$(COMPILE) --constraint requirements/dev.lock --extra trainer --output-file requirements/trainer.lock
+	$(COMPILE) pyproject.toml --extra operator --extra trainer --extra plot --group dev --output-file requirements/dev.lock
+	$(COMPILE) pyproject.toml --constraint requirements/dev.lock --output-file requirements/base.lock
+	$(COMPILE) pyproject.toml --constraint requirements/dev.lock --extra operator --output-file requirements/operator.lock
+	$(COMPILE) pyproject.toml --constraint requirements/dev.lock --extra trainer --output-file requirements/trainer.lock
+	$(COMPILE) tests/cluster/olah/requirements.in --output-file tests/cluster/olah/requirements.lock
 
 venv: $(VENV)/.ready
 

@@ -72,6 +72,8 @@ BAD = [
     Bad("Secret for a model on a claim", {"spec.model.credentialsSecretRef": {"name": "s3"}}, "spec.model", "a claim needs no credentialsSecretRef: remove it, or name a store in uri"),
     Bad("Secret for data on a claim", {"spec.dataset.train.0.credentialsSecretRef": {"name": "s3"}}, "spec.dataset.train[0]", "a claim needs no credentialsSecretRef: remove it, or name a store in uri"),
     Bad("Secret for an output on a claim", {"spec.output.credentialsSecretRef": {"name": "s3"}}, "spec.output", "a claim needs no credentialsSecretRef: remove it, or name a store in uri"),
+    Bad("revision of a model on a claim", {"spec.model.revision": "main"}, "spec.model", "only hf:// and oci:// have revisions: remove revision, or name such a place in uri"),
+    Bad("revision of data in a bucket", {"spec.dataset.train.0.uri": "s3://data/a.jsonl", "spec.dataset.train.0.revision": "v1"}, "spec.dataset.train[0]", "only hf:// and oci:// have revisions: remove revision, or name such a place in uri"),
     Bad("unknown field", {"spec.lora.ranc": 8}, "spec.lora.ranc", "unknown field", "no such field; check the spelling and the indentation"),
     Bad("unknown field at the top", {"spec.learningRate": 0.0001}, "spec.learningRate", "unknown field", "no such field; check the spelling and the indentation"),
     Bad("field of another place", {"spec.rank": 8}, "spec.rank", "unknown field", "no such field; check the spelling and the indentation"),

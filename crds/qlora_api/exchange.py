@@ -208,6 +208,12 @@ class Inspection(Document):
     download_bytes: int = Field(
         default=0, ge=0, description="Model and data in stores: what train downloads to the work volume."
     )
+    model_revision: str | None = Field(
+        default=None, description="Commit of the model on the hub, at which every later stage reads it."
+    )
+    data_revisions: dict[str, str] = Field(
+        default_factory=dict, description="Commits of data on the hub, by the field that names it."
+    )
 
 
 class Recipe(Document):
@@ -269,11 +275,20 @@ class Score(Document):
 
 # --- orders ---
 
+#: Fields of the spec that name data, as messages and `Inspection.data_revisions` call them.
+EVAL_FIELD, GOLDEN_FIELD = "dataset.eval", "evaluation.golden"
+
+
+def train_field(index: int) -> str:
+    """The field that names a source of training examples."""
+    return f"dataset.train[{index}]"
+
 
 class DataSource(Document):
     """Where examples are and how they are written (format absent: detected)."""
 
     uri: str
+    revision: str | None = Field(default=None, description="On the hub; once it was inspected, the commit.")
     format: str | None = None
     secret: str | None = Field(default=None, description="Name of the Secret for the store, never its content.")
     weight: float | None = Field(
@@ -308,6 +323,7 @@ class InspectOrder(OrderEnvelope):
 
     stage: Literal[Stage.INSPECT] = Stage.INSPECT
     model_uri: str
+    model_revision: str | None = None
     model_secret: str | None = None
     data: DataOrder
     output_uri: str | None = Field(default=None, description="A store that the results go to: whether it can be used.")
@@ -322,6 +338,7 @@ class TrainOrder(OrderEnvelope):
 
     stage: Literal[Stage.TRAIN] = Stage.TRAIN
     model_uri: str
+    model_revision: str | None = None
     model_secret: str | None = None
     model_digest: str
     data: DataOrder
@@ -346,10 +363,11 @@ class TrainOrder(OrderEnvelope):
         """What a checkpoint and an adapter are bound to, fact by fact: name to value.
 
         Micro-batch, accumulation, ranks, checkpoint interval, device, what is recomputed or waits in host memory, and
-        Secrets may change under a checkpoint; nothing else. What is at its default is left out, so that a field that
-        a later version adds binds only the jobs that use it.
+        Secrets may change under a checkpoint; nothing else. Of data on the hub the bytes count, not the commit that
+        had them. What is at its default is left out, so that a field that a later version adds binds only the jobs
+        that use it.
         """
-        unbound = {"secret"}
+        unbound = {"secret", "revision"}
         data = self.data.model_dump(
             mode="json",
             by_alias=True,
@@ -396,6 +414,7 @@ class MergeOrder(OrderEnvelope):
 
     stage: Literal[Stage.MERGE] = Stage.MERGE
     model_uri: str
+    model_revision: str | None = None
     model_secret: str | None = None
     model_digest: str
     recipe: Recipe
@@ -649,3 +668,24 @@ def bucket_of(uri: str) -> tuple[str, str]:
     if scheme != "s3" or not bucket or not path or {"", ".", ".."} & set(path.split("/")):
         raise ValueError(f"{uri}: expected s3://<bucket>/<path>, the path without '.' and '..'")
     return bucket, path
+
+
+def is_hub(uri: str) -> bool:
+    """Whether `uri` names a repository of Hugging Face's hub, or of a mirror of it."""
+    return uri.startswith("hf://")
+
+
+def hub_repo_of(uri: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
+    """`hf://owner/name/path` as (owner/name, path); the path may be empty. Raises ValueError for anything else.
+
+    The hub's own spelling with the kind before it, `hf://datasets/owner/name`, means the same.
+    """
+    part = r"[A-Za-z0-9_][\w.-]*"
+    found = re.fullmatch(rf"hf://(?:{kind}s/(?=[^/]+/[^/]))?({part}/{part})(?:/(.*))?", uri.rstrip("/"), re.ASCII)
+    path = (found[2] or "") if found else ""
+    if found is None or (path and {"", ".", ".."} & set(path.split("/"))):
+        raise ValueError(
+            f"{uri}: expected hf://<owner>/<name>, or hf://<owner>/<name>/<path>, without '.' and '..'; a branch, tag "
+            "or commit goes into revision"
+        )
+    return found[1], path

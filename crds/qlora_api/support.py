@@ -43,22 +43,19 @@ class OnlySchemes:
 
 NOT_YET = Only()
 CLAIM_OR_S3 = OnlySchemes({"pvc": "pvc://claim/path", "s3": "s3://bucket/path"})
+CLAIM_S3_OR_HUB = OnlySchemes({**CLAIM_OR_S3.examples, "hf": "hf://owner/name"})
 
 LIMITS: dict[str, Only | OnlySchemes] = {
-    "model.uri": CLAIM_OR_S3,
-    "model.revision": NOT_YET,
+    "model.uri": CLAIM_S3_OR_HUB,
     "model.trustRemoteCode": NOT_YET,
-    "dataset.train[].uri": CLAIM_OR_S3,
-    "dataset.train[].revision": NOT_YET,
-    "dataset.eval.uri": CLAIM_OR_S3,
-    "dataset.eval.revision": NOT_YET,
+    "dataset.train[].uri": CLAIM_S3_OR_HUB,
+    "dataset.eval.uri": CLAIM_S3_OR_HUB,
     "lora.dora": NOT_YET,
     "lora.init": NOT_YET,
     "training.attention": Only(("sdpa", "eager")),
     "training.earlyStoppingEpochs": NOT_YET,
     "training.bestMetric": NOT_YET,
-    "evaluation.golden.uri": CLAIM_OR_S3,
-    "evaluation.golden.revision": NOT_YET,
+    "evaluation.golden.uri": CLAIM_S3_OR_HUB,
     "evaluation.canary": NOT_YET,
     "evaluation.metrics[]": Only(("exactMatch",)),
     "evaluation.gates": NOT_YET,
@@ -70,10 +67,13 @@ LIMITS: dict[str, Only | OnlySchemes] = {
 }
 
 SUPPORTED = frozenset({
+    "model.revision",
     "model.credentialsSecretRef",
+    "dataset.train[].revision",
     "dataset.train[].credentialsSecretRef",
     "dataset.train[].format",
     "dataset.train[].weight",
+    "dataset.eval.revision",
     "dataset.eval.credentialsSecretRef",
     "dataset.eval.format",
     "dataset.evalFraction",
@@ -104,6 +104,7 @@ SUPPORTED = frozenset({
     "training.offload",
     "training.maxGradNorm",
     "training.evalsPerEpoch",
+    "evaluation.golden.revision",
     "evaluation.golden.credentialsSecretRef",
     "evaluation.golden.format",
     "hardware",

@@ -60,10 +60,10 @@ class S3:
     def __post_init__(self) -> None:
         self.buckets = self.root / "buckets"
         self.buckets.mkdir(parents=True)
-        self.port = self.port or _free_port(self.host)
+        self.port = self.port or free_port(self.host)
         self.ca = ""
         if self.tls:
-            self.ca = _write_certificate(self.root, self.host)
+            self.ca = write_certificate(self.root, self.host)
 
     @property
     def endpoint(self) -> str:
@@ -138,13 +138,13 @@ def serving(root: Path, host: str = "127.0.0.1", *, tls: bool = True) -> Iterato
         server.stop()
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     with socket.socket() as listener:
         listener.bind((host, 0))
         return listener.getsockname()[1]
 
 
-def _write_certificate(directory: Path, host: str) -> str:
+def write_certificate(directory: Path, host: str) -> str:
     """`tls.crt` and `tls.key` for `host`, signed by an authority whose own certificate is returned."""
     authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests' own authority")])

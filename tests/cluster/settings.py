@@ -17,6 +17,7 @@ SERVICE_CIDR = "10.96.0.0/16"
 API_SERVICE_IP = "10.96.0.1"
 API_URL = f"https://{HOST_IP}:6443"
 REGISTRY = f"{HOST_IP}:5000"
+HUB_PORT = 5001  # tests serve a hub there while they need one
 NODE = "node1"
 
 LOGS = STATE / "log"

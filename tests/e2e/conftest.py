@@ -12,7 +12,7 @@ import yaml
 
 from examples.quickstart.install import REPOSITORY, Images, install
 from examples.quickstart.upload import DATA, HERE, fill_claim
-from tests.cluster import gpus, images, kwok
+from tests.cluster import gpus, images, kwok, settings
 from tests.cluster.client import Cluster, Manifest
 from tests.e2e.processes import kill_operator
 from tests.e2e.troubleshooting import write_bad_files
@@ -24,7 +24,8 @@ GPU_TAINT = {"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}
 
 VALUES = {
     "cpuAllowed": True,
-    "stageEnv": {"OMP_NUM_THREADS": "1"},
+    # the installation's mirror; the tests that ask it serve it
+    "stageEnv": {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": f"https://{settings.HOST_IP}:{settings.HUB_PORT}"},
     "resyncSeconds": 10,
     "operator": {"replicas": 2},
     # several jobs at once on a small machine

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_api.exchange import FINDING_PLACE_MAX, FINDINGS_REPORTED, DataOrder, DataSource, Finding
+from qlora_api.exchange import (
+    EVAL_FIELD,
+    FINDING_PLACE_MAX,
+    FINDINGS_REPORTED,
+    GOLDEN_FIELD,
+    DataOrder,
+    DataSource,
+    Finding,
+    train_field,
+)
 from qlora_api.findings import FINDINGS, FindingCode
 from qlora_trainer.artifacts import combined_digest, file_digest
 from qlora_trainer.environment import Pod, log
@@ -30,7 +39,7 @@ from qlora_trainer.formats import (
     rows_of,
 )
 
-EVAL, GOLDEN, CANARY = "dataset.eval", "evaluation.golden", "evaluation.canary"
+EVAL, GOLDEN, CANARY = EVAL_FIELD, GOLDEN_FIELD, "evaluation.canary"
 #: So many mistakes are named at once; nobody wants to hear of them one by one.
 _MISTAKES_NAMED = 5
 _KEYS_NAMED = 20
@@ -289,7 +298,7 @@ def _times(kept: np.ndarray, order: np.ndarray, weight: float | None) -> np.ndar
 def named_sources(data: DataOrder) -> list[tuple[str, DataSource]]:
     """Every source of `data`, with the field of the spec that names it."""
     held_out = [(EVAL, data.eval), (GOLDEN, data.golden), (CANARY, data.canary)]
-    train = [(f"dataset.train[{number}]", source) for number, source in enumerate(data.train)]
+    train = [(train_field(number), source) for number, source in enumerate(data.train)]
     return train + [(where, source) for where, source in held_out if source]
 
 

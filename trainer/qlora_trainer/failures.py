@@ -45,9 +45,16 @@ class EnvironmentUnfit(StageError):
 
 
 class Unavailable(StageError):
-    """Something outside is not there now and may come back: another attempt, later, can end otherwise."""
+    """Something outside is not there now and may come back: another attempt, later, can end otherwise.
+
+    `after_seconds` is when it says so itself.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str, after_seconds: float = 0.0) -> None:
+        super().__init__(text)
+        self.after_seconds = after_seconds
 
 
 def describe(error: BaseException, order: Order | None = None) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from qlora_trainer.data import GOLDEN, Corpus, leak_key, read_corpus
 from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
 from qlora_trainer.formats import Mistake
-from qlora_trainer.inputs import download_bytes, with_inputs
+from qlora_trainer.inputs import MODEL, commits, download_bytes, with_inputs
 from qlora_trainer.stores import open_store
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
     """Look at model and data. Raises BadInput for what cannot work, in the words of the spec."""
     log.info("looking at %s", order.model_uri)
     pod = with_inputs(order, pod)
+    revisions = commits(pod)
     if order.output_uri:
         store = open_store("output", order.output_uri, order.output_secret, pod)
         log.info("%s can be used; %d objects are there", order.output_uri, len(store.objects()))
@@ -109,6 +110,8 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         near_duplicates=near_duplicates,
         findings=findings,
         download_bytes=download_bytes(pod),
+        model_revision=revisions.pop(MODEL, None),
+        data_revisions=revisions,
     )
 
 

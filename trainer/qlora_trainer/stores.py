@@ -27,13 +27,14 @@ from obstore.store import S3Store
 
 from qlora_api.exchange import bucket_of
 from qlora_trainer.environment import Pod, log
-from qlora_trainer.failures import BadInput, Unavailable
+from qlora_trainer.failures import BadInput, StageError, Unavailable
 
 if TYPE_CHECKING:
     from obstore import Bytes, ObjectMeta
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Credential
 
 T = TypeVar("T")
+B = TypeVar("B")
 
 REGION = "us-east-1"
 #: Unit of reading and uploading: memory is this times `AT_ONCE`.
@@ -47,12 +48,15 @@ DIGEST_ATTRIBUTE = "qlora-sha256"
 #: How long a store that is away is asked again, beyond the client's own quick retries.
 PATIENCE_SECONDS = 120.0
 LONGEST_DELAY_SECONDS = 15.0
+#: How long one request waits in all because it is told to: two of the windows in which the hub counts requests.
+LONGEST_TOLD_SECONDS = 600.0
 _QUICK_RETRIES: RetryConfig = {
     "max_retries": 6,
     "retry_timeout": timedelta(seconds=10),
     "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=3), "base": 2},
 }
 _SECRET_KEYS = ("endpoint", "region", "accessKey", "secretKey", "sessionToken", "caBundle")
+_REQUIRED_KEYS = ("accessKey", "secretKey")
 _WRONG_KEYS = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "XAdminUserNotFound",
 }  # fmt: skip
@@ -80,6 +84,7 @@ class Store:
     place: str
     secret: str | None
     client: S3Store = field(repr=False)
+    revision: None = None  # a bucket's files have versions each of their own
 
     def objects(self) -> dict[str, Object]:
         """What lies right below the path, by name."""
@@ -121,19 +126,7 @@ class Store:
 
     def chunks(self, wanted: Object) -> Iterator[Bytes]:
         """All bytes in order, with a few requests on their way at any time."""
-        pool, stopping = ThreadPoolExecutor(AT_ONCE), threading.Event()
-        underway: deque[Future[Bytes]] = deque()
-        try:
-            for start in range(0, wanted.bytes, CHUNK_BYTES):
-                end = min(start + CHUNK_BYTES, wanted.bytes)
-                underway.append(pool.submit(self.read, wanted, start, end, stopping))
-                if len(underway) == AT_ONCE:
-                    yield underway.popleft().result()
-            while underway:
-                yield underway.popleft().result()
-        finally:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return in_order(self.read, wanted)
 
     def digest(self, wanted: Object) -> str:
         """`sha256:…` of what the store hands out; all of it is read."""
@@ -185,8 +178,8 @@ class Store:
 
         Raises BadInput or Unavailable, and FileNotFoundError and PreconditionError for an object as they are.
         """
-        delay, deadline = 1.0, None
-        while True:
+
+        def attempt() -> T | StageError:
             try:
                 return ask()
             except (BaseError, FileNotFoundError) as error:
@@ -195,14 +188,9 @@ class Store:
                     raise
                 if isinstance(error, FileNotFoundError) and _code(text) in (None, "NoSuchKey"):
                     raise FileNotFoundError(f"s3://{self.bucket}") from None
-            told = self._explained(text)  # outside of `except`: the store's own words are not chained to ours
-            deadline = deadline or time.monotonic() + PATIENCE_SECONDS
-            if isinstance(told, BadInput) or time.monotonic() + delay > deadline:
-                raise told
-            log.info("%s; asking again in %.0f s", told, delay)
-            if (stopping or threading.Event()).wait(delay):
-                raise told
-            delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+            return self._explained(text)  # outside of `except`: the store's own words are not chained to ours
+
+        return ask_again(attempt, stopping)
 
     def _explained(self, text: str) -> BadInput | Unavailable:
         """What an error of the client means, in words for the user."""
@@ -263,7 +251,12 @@ def open_store(where: str, uri: str, secret: str | None, pod: Pod) -> Store:
         bucket, path = bucket_of(uri)
     except ValueError as error:
         raise BadInput(f"{where}.uri: {error}") from error
-    keys = read_secret(where, secret, pod) if secret else {}
+    keys = read_secret(where, secret, pod, _SECRET_KEYS, _REQUIRED_KEYS) if secret else {}
+    if (found := keys.get("endpoint")) and not is_address(found):
+        raise BadInput(
+            f"{where}.credentialsSecretRef: the key endpoint of Secret {secret} must be https://host or http://host, "
+            "with a port where needed"
+        )
     endpoint = _endpoint(keys)
     options: ClientConfig = {"connect_timeout": "5s", "timeout": "120s"}  # the latter for a chunk, up or down
     config: S3Config = {"disable_bulk_delete": True}  # not every server has it
@@ -310,9 +303,10 @@ def _endpoint(keys: Mapping[str, str]) -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def read_secret(where: str, name: str, pod: Pod) -> dict[str, str]:
-    """Key to value of the Secret that the field `where` names, as the pod has it mounted.
+def read_secret(where: str, name: str, pod: Pod, known: Sequence[str], required: Sequence[str] = ()) -> dict[str, str]:
+    """Key to value of the Secret that the field `where` names, as the pod has it mounted: those of `known` that it has.
 
+    Raises BadInput when it has not all of `required`, or nothing of use; Unavailable when there is no Secret (yet).
     White space around values is dropped: `kubectl create secret --from-file` keeps the line's end.
     """
     directory = Path(pod.credentials) / name
@@ -320,25 +314,66 @@ def read_secret(where: str, name: str, pod: Pod) -> dict[str, str]:
     if not found:
         raise Unavailable(
             f"{where}.credentialsSecretRef: there is no Secret {name} in the job's namespace, or it is empty: create "
-            "it, with accessKey and secretKey"
+            f"it, with {' and '.join(required or known[:1])}"
         )
-    keys = {key: found[key].read_text(encoding="utf-8").strip() for key in _SECRET_KEYS if key in found}
+    keys = {key: found[key].read_text(encoding="utf-8").strip() for key in known if key in found}
     keys = {key: value for key, value in keys.items() if value}
-    if missing := [key for key in ("accessKey", "secretKey") if key not in keys]:
+    missing = [key for key in required if key not in keys]
+    if missing or not keys:
         raise BadInput(
-            f"{where}.credentialsSecretRef: Secret {name} lacks {' and '.join(missing)}; it has {', '.join(found)}, "
-            f"and what is read is {', '.join(_SECRET_KEYS)}"
+            f"{where}.credentialsSecretRef: Secret {name} lacks {' and '.join(missing or known[:1])}; it has "
+            f"{', '.join(found)}, and what is read is {', '.join(known)}"
         )
-    if endpoint := keys.get("endpoint"):
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise BadInput(
-                f"{where}.credentialsSecretRef: the key endpoint of Secret {name} must be https://host or http://host, "
-                "with a port where needed"
-            )
     if "caBundle" in keys and "-----BEGIN CERTIFICATE-----" not in keys["caBundle"]:
         raise BadInput(f"{where}.credentialsSecretRef: the key caBundle of Secret {name} holds no certificate (PEM)")
     return keys
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is https://host or http://host, perhaps with a port and a path, and nothing secret in it."""
+    parts = urlsplit(text)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username
+
+
+def ask_again(attempt: Callable[[], T | StageError], stopping: threading.Event | None = None) -> T:
+    """What `attempt` brings; while it brings Unavailable it is tried again, for a while after that came first.
+
+    A time that the other side itself asks for is waited, and does not count. Raises what it brings last otherwise.
+    """
+    delay, deadline, asked_for = 1.0, None, 0.0
+    while True:
+        found = attempt()
+        if not isinstance(found, StageError):
+            return found
+        deadline = deadline or time.monotonic() + PATIENCE_SECONDS
+        told = found.after_seconds if isinstance(found, Unavailable) else 0.0
+        if told and asked_for + told <= LONGEST_TOLD_SECONDS:
+            asked_for += told
+            deadline += told
+        wait = max(delay, told)
+        if not isinstance(found, Unavailable) or time.monotonic() + wait > deadline:
+            raise found
+        log.info("%s; asking again in %.0f s", found, wait)
+        if (stopping or threading.Event()).wait(wait):
+            raise found
+        delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+
+
+def in_order(read: Callable[[Object, int, int, threading.Event], B], wanted: Object) -> Iterator[B]:
+    """All bytes of `wanted` in chunks, with a few requests on their way at any time."""
+    pool, stopping = ThreadPoolExecutor(AT_ONCE), threading.Event()
+    underway: deque[Future[B]] = deque()
+    try:
+        for start in range(0, wanted.bytes, CHUNK_BYTES):
+            end = min(start + CHUNK_BYTES, wanted.bytes)
+            underway.append(pool.submit(read, wanted, start, end, stopping))
+            if len(underway) == AT_ONCE:
+                yield underway.popleft().result()
+        while underway:
+            yield underway.popleft().result()
+    finally:
+        stopping.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def require_space(directory: Path, need_bytes: int, what: str) -> None:

@@ -55,8 +55,8 @@ class SecretRef(SpecPart):
 
 STORE_SECRET = (
     "Secret with what the store asks for. s3: accessKey and secretKey; where they differ from AWS and us-east-1, "
-    "endpoint (https://host) and region; where needed, sessionToken and caBundle (PEM). Absent: what the pod's "
-    "environment gives. A claim needs none."
+    "endpoint (https://host) and region; where needed, sessionToken and caBundle (PEM); absent, what the pod's "
+    "environment gives. hf: token, and where needed caBundle; absent, what anybody may read. A claim needs none."
 )
 
 
@@ -66,12 +66,17 @@ NO_SECRET_FOR_A_CLAIM = Rule(
     lambda place: place.credentials_secret_ref is None or not str(place.uri).startswith("pvc://"),
     "a claim needs no credentialsSecretRef: remove it, or name a store in uri",
 )
+NO_REVISION_OF_PLAIN_FILES = Rule(
+    "!has(self.revision) || self.uri.startsWith('hf://') || self.uri.startsWith('oci://')",
+    lambda place: place.revision is None or str(place.uri).startswith(("hf://", "oci://")),
+    "only hf:// and oci:// have revisions: remove revision, or name such a place in uri",
+)
 
 
 class ModelSource(SpecPart):
     """The base model."""
 
-    rules = (NO_SECRET_FOR_A_CLAIM,)
+    rules = (NO_SECRET_FOR_A_CLAIM, NO_REVISION_OF_PLAIN_FILES)
 
     uri: Uri = Field(
         description="Where the model lies: hf://owner/name, s3://bucket/path, oci://registry/name or pvc://claim/path "
@@ -87,7 +92,7 @@ class ModelSource(SpecPart):
 class DataSource(SpecPart):
     """A file of examples (JSONL, JSON, Parquet or CSV), or a directory of such files."""
 
-    rules = (NO_SECRET_FOR_A_CLAIM,)
+    rules = (NO_SECRET_FOR_A_CLAIM, NO_REVISION_OF_PLAIN_FILES)
 
     uri: Uri = Field(
         description="Where the data lies: hf://owner/name, s3://bucket/path, oci://registry/name or pvc://claim/path "

@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qlora_api.exchange import (
+    EVAL_FIELD,
+    GOLDEN_FIELD,
     ORDER_PATH,
     WORK_MOUNT,
     DataOrder,
@@ -19,6 +21,7 @@ from qlora_api.exchange import (
     Stage,
     TrainOrder,
     is_claim,
+    train_field,
 )
 from qlora_api.v1alpha1 import Plan, duration_seconds, spec
 from qlora_operator.lifecycle.observed import Job
@@ -63,8 +66,7 @@ def _inspect(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
     dataset = job.spec.dataset
     return InspectOrder(
         **envelope,
-        model_uri=job.spec.model.uri,
-        model_secret=_secret(job.spec.model.credentials_secret_ref),
+        **_model(job),
         data=_data(job),
         max_length=dataset.max_length,
         packing=dataset.packing,
@@ -77,8 +79,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
     inspection, plan = _inspection(job), _plan(job)
     return TrainOrder(
         **envelope,
-        model_uri=job.spec.model.uri,
-        model_secret=_secret(job.spec.model.credentials_secret_ref),
+        **_model(job),
         model_digest=inspection.model_digest,
         data=_data(job),
         data_digest=inspection.data_digest,
@@ -98,8 +99,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
 def _merge(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -> MergeOrder:
     return MergeOrder(
         **envelope,
-        model_uri=job.spec.model.uri,
-        model_secret=_secret(job.spec.model.credentials_secret_ref),
+        **_model(job),
         model_digest=_inspection(job).model_digest,
         recipe=_plan(job).recipe,
         adapter_digest=_artifact_digest(job, "adapter"),
@@ -121,8 +121,10 @@ def _publish(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
         provenance={
             "job": f"{job.metadata.namespace}/{job.metadata.name}",
             "jobUid": job.metadata.uid,
-            "model": {"uri": job.spec.model.uri, "digest": inspection.model_digest},
-            "data": {"uris": [source.uri for source in job.spec.dataset.train], "digest": inspection.data_digest},
+            "model": {"uri": job.spec.model.uri, "digest": inspection.model_digest}
+            | ({"revision": inspection.model_revision} if inspection.model_revision else {}),
+            "data": {"uris": [source.uri for source in job.spec.dataset.train], "digest": inspection.data_digest}
+            | ({"revisions": inspection.data_revisions} if inspection.data_revisions else {}),
             "recipe": plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             "recipeDigest": fingerprint(plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)),
             "mergeBase": job.spec.output.merge_base if artifact == "merged" else None,
@@ -139,20 +141,39 @@ _ORDERS: dict[Stage, Callable[[Job, Task, Settings, dict[str, Any]], Order]] = {
 }
 
 
+def _model(job: Job) -> dict[str, Any]:
+    """Where the model is. What inspection has read is what the later stages read, wherever its branch has moved."""
+    model, found = job.spec.model, job.status.inspection
+    return {
+        "model_uri": model.uri,
+        "model_revision": (found and found.model_revision) or model.revision,
+        "model_secret": _secret(model.credentials_secret_ref),
+    }
+
+
 def _data(job: Job) -> DataOrder:
     dataset = job.spec.dataset
     golden = job.spec.evaluation.golden
+    seen = job.status.inspection.data_revisions if job.status.inspection else {}
     return DataOrder(
-        train=[_source(source).model_copy(update={"weight": source.weight}) for source in dataset.train],
-        eval=_source(dataset.eval) if dataset.eval else None,
+        train=[
+            _source(source, seen.get(train_field(index))).model_copy(update={"weight": source.weight})
+            for index, source in enumerate(dataset.train)
+        ],
+        eval=_source(dataset.eval, seen.get(EVAL_FIELD)) if dataset.eval else None,
         eval_fraction=dataset.eval_fraction,
-        golden=_source(golden) if golden else None,
+        golden=_source(golden, seen.get(GOLDEN_FIELD)) if golden else None,
         log_samples=dataset.log_samples,
     )
 
 
-def _source(source: spec.DataSource) -> DataSource:
-    return DataSource(uri=source.uri, format=source.format, secret=_secret(source.credentials_secret_ref))
+def _source(source: spec.DataSource, commit: str | None) -> DataSource:
+    return DataSource(
+        uri=source.uri,
+        revision=commit or source.revision,
+        format=source.format,
+        secret=_secret(source.credentials_secret_ref),
+    )
 
 
 def _secret(reference: spec.SecretRef | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import example
@@ -28,6 +28,7 @@ from qlora_api.exchange import (
     bucket_of,
     claim_of,
     failed,
+    hub_repo_of,
     mounted_path,
     parse_order,
     parse_report,
@@ -213,6 +214,45 @@ def test_what_is_no_address_in_a_bucket_is_refused(uri: str) -> None:
         bucket_of(uri)
 
 
+@pytest.mark.parametrize(
+    ("uri", "kind", "parts"),
+    [
+        ("hf://meta-llama/Llama-3.1-8B-Instruct", "model", ("meta-llama/Llama-3.1-8B-Instruct", "")),
+        ("hf://team/chats/2026/train.jsonl", "dataset", ("team/chats", "2026/train.jsonl")),
+        ("hf://team/chats/.hidden/a b/", "dataset", ("team/chats", ".hidden/a b")),
+        ("hf://datasets/team/chats", "dataset", ("team/chats", "")),
+        ("hf://datasets/team/chats/train.jsonl", "dataset", ("team/chats", "train.jsonl")),
+        ("hf://models/team/base", "model", ("team/base", "")),
+        ("hf://models/base", "model", ("models/base", "")),
+        ("hf://datasets/team/chats", "model", ("datasets/team", "chats")),
+    ],
+)
+def test_which_repository_of_the_hub(uri: str, kind: Literal["model", "dataset"], parts: tuple[str, str]) -> None:
+    assert hub_repo_of(uri, kind) == parts
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "", "team/base", "s3://team/base", "hf://", "hf://base", "hf://team/", "hf://team/base@v1", "hf://team/base/..",
+        "hf://../base", "hf://team/base//a", "hf://team/base/./a", "hf://team/b\u00e4se", "hf://te am/base",
+    ],
+)  # fmt: skip
+def test_what_is_no_repository_of_the_hub_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"expected hf://<owner>/<name>, or .*goes into revision"):
+        hub_repo_of(uri, "model")
+
+
+@for_all(st.text(alphabet="ab./%@- ", max_size=16), st.sampled_from(["model", "dataset"]))
+def test_no_address_leads_out_of_its_repository(rest: str, kind: Literal["model", "dataset"]) -> None:
+    try:
+        repo, path = hub_repo_of(f"hf://{rest}", kind)
+    except ValueError:
+        return
+    assert f"hf://{rest}".rstrip("/") == "hf://" + "/".join(filter(None, (repo, path)))
+    assert not {"", ".", ".."} & set(f"{repo}/{path or 'x'}".split("/"))
+
+
 # --- what a checkpoint is bound to ---
 
 MAY_CHANGE: dict[str, Any] = {
@@ -226,7 +266,10 @@ MAY_CHANGE: dict[str, Any] = {
     "model_uri": "pvc://moved/base",
     "work_dir": "/work/elsewhere",
     "model_secret": "another",
-    "data": DATA.model_copy(update={"train": [DATA.train[0].model_copy(update={"secret": "another"})]}),
+    "model_revision": "0123abcd",  # the digest says which model it is
+    "data": DATA.model_copy(
+        update={"train": [DATA.train[0].model_copy(update={"secret": "another", "revision": "0123abcd"})]}
+    ),
     "recipe": TRAIN_ORDER.recipe.model_copy(update={"offload": "activations", "gradient_checkpointing": False}),
 }
 MAY_NOT: dict[str, Any] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from qlora_api.exchange import (
     ExitCode,
+    InspectOrder,
     MergeOrder,
     PublishOrder,
     Stage,
@@ -207,6 +209,41 @@ def test_a_stage_is_given_the_secrets_that_it_needs_and_no_others(name: str, tas
     assert set(named) == {secret["secretName"] for secret in volumes.values()}
     sources = [source for entry in container.get("env", ()) for source in entry.get("valueFrom", ())]
     assert set(sources) <= {"fieldRef"}, "no Secret in the environment"
+
+
+def test_what_was_inspected_on_the_hub_is_what_every_later_stage_reads() -> None:
+    """A branch moves; a job that has begun does not move with it."""
+    hub = {"uri": "hf://team/base", "revision": "main", "credentialsSecretRef": {"name": "hub"}}
+    edits: Raw = {
+        "model": hub,
+        "dataset.train": [{"uri": "s3://data/a.jsonl"}, {"uri": "hf://team/chats", "revision": "v1"}],
+        "dataset.eval": {"uri": "hf://team/chats/held-out.jsonl"},
+        "evaluation.golden": {"uri": "hf://team/golden"},
+        "output.formats": ["adapter", "merged"],
+    }
+    job = given.job(edits)
+    to_inspect = order(job, INSPECT, 1, PLAIN)
+    assert isinstance(to_inspect, InspectOrder)
+    assert (to_inspect.model_revision, to_inspect.model_secret) == ("main", "hub")
+    assert to_inspect.data.eval and to_inspect.data.golden
+    assert [source.revision for source in to_inspect.data.train] == [None, "v1"]
+    assert (to_inspect.data.eval.revision, to_inspect.data.golden.revision) == (None, None)
+
+    found = {"dataset.train[1]": "c" * 40, "dataset.eval": "d" * 40, "evaluation.golden": "e" * 40}
+    seen = given.inspection().model_copy(update={"model_revision": "a" * 40, "data_revisions": found})
+    job = given.history(job, INSPECT, TRAIN, MERGE, plan=given.plan(job))
+    job = replace(job, status=job.status.model_copy(update={"inspection": seen}))
+    to_train, to_merge = (order(job, task, 1, PLAIN) for task in (TRAIN, MERGE))
+    assert isinstance(to_train, TrainOrder)
+    assert isinstance(to_merge, MergeOrder)
+    assert to_train.model_revision == to_merge.model_revision == "a" * 40
+    assert to_train.data.eval and to_train.data.golden
+    sources = [*to_train.data.train, to_train.data.eval, to_train.data.golden]
+    assert [source.revision for source in sources] == [None, "c" * 40, "d" * 40, "e" * 40]
+    told = order(job, Task(Stage.PUBLISH, "adapter"), 1, PLAIN)
+    assert isinstance(told, PublishOrder)
+    assert told.provenance["model"]["revision"] == "a" * 40
+    assert told.provenance["data"]["revisions"] == found
 
 
 @pytest.mark.parametrize(("name", "task"), STAGES)

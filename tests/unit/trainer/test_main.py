@@ -63,8 +63,8 @@ def start(place: Place, order: Order | str, more: Mapping[str, str] | None = Non
     )  # fmt: skip
 
 
-def finish(place: Place, order: Order | str) -> tuple[int, str, str]:
-    process = start(place, order)
+def finish(place: Place, order: Order | str, more: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    process = start(place, order, more)
     log, _ = process.communicate(timeout=120)
     return process.returncode, (place.root / "report.json").read_text(), log
 
