@@ -32,6 +32,7 @@ from qlora_trainer.ranks import Ranks, load_state, meeting, mesh_of, whole
 from qlora_trainer.recording import Recorder
 from qlora_trainer.results import record, recorded
 from qlora_trainer.sharding import load_sharded
+from qlora_trainer.starts import started
 
 
 def train(order: TrainOrder, pod: Pod) -> TrainResult:
@@ -55,6 +56,11 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     if ranks.size != order.ranks:
         raise EnvironmentUnfit(f"the plan is for {order.ranks} processes, and {ranks.size} are here")
     sharded = order.sharded or recipe.offload == "parameters"
+    if sharded and (recipe.dora or recipe.init == "loftq"):
+        raise BadInput(
+            f"lora.{'dora' if recipe.dora else 'init: loftq'} reads whole weights of the base, and the plan shares or "
+            "moves them: leave it out, or plan for one GPU without training.offload: parameters"
+        )
     device = pick_device(order.accelerator, cpu_allowed=order.cpu_allowed)
     quiet_libraries()
     flat = recipe.attention.startswith("flash")
@@ -96,6 +102,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         load_state(optimizer, checkpoint.optimizer)
         scaler.load_state_dict(checkpoint.scaler)
         log.info("resumed from step %d", resumed_from)
+    elif recipe.dora or recipe.init == "loftq":
+        load_adapter(model, ranks.from_first(lambda: started(model, recipe, base)))
 
     learning = Learning(
         model,
@@ -125,7 +133,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     # what came out
     learned = {name: whole(weight) for name, weight in adapter_weights(model).items()}
     if ranks.first:
-        save_adapter(model, learned, adapter_dir, order)
+        save_adapter(model, learned, adapter_dir, order, base)
     scores: list[Score] = []
     if data.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
         model.eval()
