@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 
 from qlora_api.exchange import Recipe
 from qlora_trainer.adapter import with_adapter
-from qlora_trainer.failures import BadInput
+from qlora_trainer.environment import Pod
+from qlora_trainer.failures import BadInput, Interrupted
 from qlora_trainer.merge import merge
 from qlora_trainer.model import BaseModel, open_base
 from qlora_trainer.quantization import dequantised, load_for_training
@@ -20,7 +22,7 @@ from qlora_trainer.training import train
 
 from .conftest import Place, recipe_of
 from .test_merge import evaluated, merged
-from .test_training import afresh, losses
+from .test_training import InterruptedAfter, afresh, losses
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 63).view(2, 30)
@@ -166,6 +168,50 @@ def test_what_was_learned_is_what_is_merged(place: Place, recipe: dict[str, Any]
     noise = float((expected - expected.bfloat16().float()).abs().max())
     assert float((merged(place) - expected).abs().max()) < 4 * noise
     assert 0 < done.parity < 2**-8
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "fp4": {"quant_type": "fp4", "double_quant": False},
+    "16 bits": IN_16_BITS,
+    "DoRA": {"dora": True},
+    "LoftQ": {"init": "loftq"},
+    "rsLoRA": {"rslora": True, "init": "gaussian"},
+}
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+)  # fmt: skip
+#: Each method and each optimizer once in every run of the tests; all of them together in `make soak`.
+OFTEN = {
+    ("16 bits", "adamw_torch_fused", True), ("DoRA", "adamw_8bit", False), ("LoftQ", "paged_adamw_32bit", True),
+    ("fp4", "adamw_bnb_8bit", False), ("rsLoRA", "paged_adamw_8bit", False), ("nf4", "adamw_torch", False),
+}  # fmt: skip
+MATRIX = [
+    pytest.param(
+        *row,
+        marks=[] if row in OFTEN else [pytest.mark.soak],
+        id=f"{row[0]}, {row[1]}, {'packed' if row[2] else 'one by one'}",
+    )
+    for row in itertools.product(METHODS, OPTIMIZERS, (True, False))
+]
+
+
+@pytest.mark.parametrize(("method", "optimizer", "packing"), MATRIX)
+def test_every_method_learns_with_every_optimizer_and_resumes_bit_by_bit(
+    place: Place, method: str, optimizer: str, *, packing: bool
+) -> None:
+    recipe = {"optimizer": optimizer, "packing": packing, "dropout": 0.1, **METHODS[method]}
+    order = place.train_order(place.data(golden=None), recipe)
+    whole = train(order, place.pod)
+    history = losses(place)
+    assert min(history[-2:]) < history[0]
+    afresh(place)
+    with pytest.raises(Interrupted, match="at step 3 of 6"):
+        train(order, Pod(InterruptedAfter(3 * 3 + 1), place.pod.claims))
+    resumed = train(order.model_copy(update={"attempt": 2}), place.pod)
+    assert resumed.resumed_from_step == 3
+    assert losses(place) == history
+    assert resumed.adapter_digest == whole.adapter_digest
 
 
 def test_the_adapter_brings_the_tokenizer_of_its_base(place: Place) -> None:
