@@ -277,7 +277,6 @@ REFUSED = [
     ("spec.dataset.train[0].revision", "v1", "remove the field"),
     ("spec.dataset.eval.uri", "oci://b/e.jsonl", "use pvc://claim/path or s3://bucket/path"),
     ("spec.dataset.eval.revision", "v1", "remove the field"),
-    ("spec.training.attention", "flash_attention_2", "use sdpa or eager"),
     ("spec.training.earlyStoppingEpochs", 2, "remove the field"),
     ("spec.training.bestMetric", "evalLoss", "remove the field"),
     ("spec.evaluation.golden.uri", "oci://registry/golden", "use pvc://claim/path"),

@@ -259,7 +259,9 @@ class Training(SpecPart):
         description="Recompute activations in the backward pass: a fifth slower, much less memory. Absent: yes.",
     )
     attention: Attention | None = Field(
-        default=None, description="Attention kernel. Absent: sdpa, or eager where the model caps scores."
+        default=None,
+        description="Attention kernel. Absent: sdpa, or eager where the model caps scores. The others need a GPU, and "
+        "a trainer image with their package (flash_attention_2, flash_attention_3) or a C compiler (flex_attention).",
     )
     offload: Offload | None = Field(
         default=None,

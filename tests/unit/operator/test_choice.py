@@ -239,6 +239,15 @@ CONTRADICTIONS: list[Any] = [
         "one of them out",
     ),
     (
+        {"training.offload": "activations", "training.gradientCheckpointing": False}, "NothingToOffload",
+        "spec.training.offload: activations moves what gradientCheckpointing keeps; leave gradientCheckpointing out, "
+        "or offload",
+    ),
+    (
+        {"hardware.accelerator": "cpu", "training.attention": "flex_attention"}, "AttentionCannotWork",
+        "spec.training.attention: flex_attention cannot train on a CPU: leave the field out, or give sdpa",
+    ),
+    (
         {"hardware.gpus": 3}, "BatchNotDivisible",
         "spec.training.effectiveBatchSize: 32 sequences cannot be shared by 3 GPUs in micro-batches of 1; make it a "
         "multiple of 3",

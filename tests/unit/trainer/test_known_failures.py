@@ -9,16 +9,20 @@ import pytest
 import torch
 from bitsandbytes import cextension
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.integrations import flex_attention as flex_integration
 
 from qlora_api.exchange import ExitCode
 from qlora_trainer.census import Expected, Held, census, compare
+from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.failures import BadInput, EnvironmentUnfit, describe
 from qlora_trainer.fitness import Equipment, bitsandbytes_fault, equipment, require_fit, require_optimizer_as_asked
 from qlora_trainer.model import open_base
 from qlora_trainer.optimization import make_optimizer
 from qlora_trainer.packing import require_apart
 from qlora_trainer.quantization import load_for_training
+from qlora_trainer.sequences import Sequence, collate
 from qlora_trainer.training import train
 
 from .conftest import Place, recipe_of
@@ -198,3 +202,18 @@ def test_a_model_that_mixes_the_examples_of_a_row_is_not_packed(place: Place, mo
     with pytest.raises(BadInput, match=r"dataset\.packing: LlamaForCausalLM with sdpa attention does not keep"):
         train(place.train_order(), place.pod)
     train(place.train_order(recipe={"packing": False, "max_steps": 1}), place.pod)
+
+
+@pytest.mark.soak
+def test_flex_attention_keeps_examples_apart_as_sdpa_does(model_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, without compiling: a CPU has no backward of it. A minute, for each score is worked out in Python."""
+    monkeypatch.setattr(flex_integration.WrappedFlexAttention, "__call__", lambda _: flex_attention)
+    base = open_base(model_dir, "pvc://base/model")
+    ids = list(range(5, 65))
+    batch = collate([Sequence(ids, ids, [20, 30, 10]), Sequence(ids[:40], ids[:40], [15, 25])], pad=0)
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        model = load_for_training(base, recipe_of(attention=attention), CPU).eval()
+        with torch.no_grad():
+            found.append(float(summed_loss(model, batch, CPU)))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
