@@ -39,12 +39,16 @@ class Expected:
     in_4_bits: frozenset[str]
     dtype: str
     device: str
-    #: Parts of names of what the model's own code keeps in fp32 whatever the others are.
+    #: Parts of names of what the model's own code may keep in fp32, whatever the others are.
     in_fp32: frozenset[str] = frozenset()
 
 
 def census(model: Any, base: BaseModel, recipe: Recipe, device: torch.device) -> None:
-    """Compare a loaded base with what was sized, and log it by type. Raises BadInput as `compare` does."""
+    """Compare a loaded base with what was sized, and log it by type; its adapter is left out.
+
+    Of a base that is shared, all parts are counted. Raises BadInput as `compare` does.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     shapes = empty_model(base.config)
     four = recipe.method == "qlora"
     in_4_bits = {f"{name}.weight" for name in block_linears(shapes)} if four else set()
@@ -57,17 +61,17 @@ def census(model: Any, base: BaseModel, recipe: Recipe, device: torch.device) ->
         kept |= {*(model._keep_in_fp32_modules or ())}
     found = [
         Held(
-            name,
+            name.replace(".base_layer.", "."),
             str(parameter.dtype).removeprefix("torch."),
             parameter.device.type,
             parameter.numel(),
             parameter.numel() * parameter.dtype.itemsize,
         )
         for name, parameter in model.named_parameters()
+        if ".lora_" not in name
     ]
-    compare(
-        found, Expected(weights, frozenset(in_4_bits), recipe.compute_dtype, device.type, frozenset(kept)), base.uri
-    )
+    place = "cpu" if recipe.offload == "parameters" else device.type
+    compare(found, Expected(weights, frozenset(in_4_bits), recipe.compute_dtype, place, frozenset(kept)), base.uri)
     log.info("loaded %s", described(found, in_4_bits))
 
 
@@ -88,10 +92,10 @@ def compare(found: Iterable[Held], expected: Expected, uri: str) -> None:
                     f"model.uri: {uri}: {held.name} takes {held.bytes} bytes as {held.dtype} and was sized in 4 bits "
                     f"({-(-values // 2)} bytes): {_CURE}, or this one with method lora"
                 )
-        elif held.values != values or held.dtype != _dtype(held.name, expected):
+        elif held.values != values or held.dtype not in _types(held.name, expected):
             raise BadInput(
                 f"model.uri: {uri}: {held.name} is {held.values} values of {held.dtype} and was sized as {values} of "
-                f"{_dtype(held.name, expected)}: {_CURE}"
+                f"{' or '.join(_types(held.name, expected))}: {_CURE}"
             )
     if left:
         raise BadInput(f"model.uri: {uri}: {min(left)} was sized and not loaded: {_CURE}")
@@ -100,9 +104,8 @@ def compare(found: Iterable[Held], expected: Expected, uri: str) -> None:
 _CURE = "what was planned is not what would run; train another model"
 
 
-def _dtype(name: str, expected: Expected) -> str:
-    kept = any(part in expected.in_fp32 or any(key in name for key in expected.in_fp32) for part in name.split("."))
-    return "float32" if kept else expected.dtype
+def _types(name: str, expected: Expected) -> tuple[str, ...]:
+    return (expected.dtype, "float32") if any(part in name for part in expected.in_fp32) else (expected.dtype,)
 
 
 def described(found: Iterable[Held], in_4_bits: Iterable[str]) -> str:

@@ -95,12 +95,12 @@ def _require_attention(recipe: Recipe, has: Equipment) -> None:
         )
 
 
-def require_attention_as_asked(model: Any, recipe: Recipe) -> None:
+def require_attention_as_asked(model: Any, recipe: Recipe, architecture: str) -> None:
     """Raises BadInput when the model fell back to another attention kernel than the plan has."""
     found = model.config._attn_implementation
     if found != recipe.attention:
         raise BadInput(
-            f"training.attention: {type(model).__name__} came up with {found} and the plan has {recipe.attention}: "
+            f"training.attention: {architecture} came up with {found} and the plan has {recipe.attention}: "
             f"set training.attention to {found}"
         )
 

@@ -20,7 +20,7 @@ TOLERANCE = 0.05
 
 
 @torch.no_grad()
-def require_apart(model: Any, recipe: Recipe, device: torch.device, *, flat: bool) -> None:
+def require_apart(model: Any, recipe: Recipe, device: torch.device, architecture: str, *, flat: bool) -> None:
     """Raises BadInput when what the model says to an example depends on the example before it in the row."""
     if not recipe.packing:
         return
@@ -37,7 +37,7 @@ def require_apart(model: Any, recipe: Recipe, device: torch.device, *, flat: boo
     seen, all_there_is = (float((pair[0] - pair[1]).abs().max()) for pair in (packed, joined))
     if seen > TOLERANCE * all_there_is:
         raise BadInput(
-            f"dataset.packing: {type(model).__name__} with {recipe.attention} attention does not keep the examples of "
+            f"dataset.packing: {architecture} with {recipe.attention} attention does not keep the examples of "
             "a row apart (what it says to one depends on the one before): set dataset.packing to false"
         )
 

@@ -89,8 +89,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     else:
         model = with_adapter(load_for_training(base, recipe, device), recipe, base)
     census(model, base, recipe, device)
-    require_attention_as_asked(model, recipe)
-    require_apart(model, recipe, device, flat=flat)
+    require_attention_as_asked(model, recipe, base.architecture)
+    require_apart(model, recipe, device, base.architecture, flat=flat)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     adapter_parameters = sum(weight.numel() for weight in trained.values())
     log.info("%d weights to train", adapter_parameters)
