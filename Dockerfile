@@ -5,6 +5,8 @@
 # proxy with its own authority, give `--secret id=pip.conf,src=...` and `--secret id=ca.pem,src=...` (cert=/run/ca.pem in
 # the former): they are mounted while pip runs and leave no trace.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
+# What the trainer stands on: its dependencies, or these and the attention kernels of the stage trainer-kernels.
+ARG KERNELS=dependencies
 
 # Dependencies: one layer that changes only with the lock. pip is used from outside the environment and is not in it.
 # The Kubernetes client's generated code (75 MB of source) is shipped compiled only.
@@ -36,6 +38,24 @@ RUN --mount=type=secret,id=pip.conf,target=/run/pip.conf --mount=type=secret,id=
     && rm -rf /tmp/installer
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 
+# Attention kernels beside torch's own, not built by default. FlashAttention comes as wheels for one torch, CUDA and Python
+# each, which no lock can name: give what pip is to install. flex_attention compiles its kernels where it runs.
+#   --build-arg KERNELS=kernels --build-arg FLASH_ATTENTION="einops https://…/flash_attn-….whl"
+#   --build-arg KERNELS=kernels --build-arg COMPILER="gcc libc6-dev"
+FROM trainer-dependencies AS trainer-kernels
+ARG FLASH_ATTENTION=
+ARG COMPILER=
+RUN --mount=type=secret,id=pip.conf,target=/run/pip.conf --mount=type=secret,id=ca.pem,target=/run/ca.pem \
+    export PIP_CONFIG_FILE=/run/pip.conf \
+    && if [ -n "$FLASH_ATTENTION" ]; then \
+        python3 -m venv /tmp/installer \
+        && /tmp/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-deps $FLASH_ATTENTION \
+        && rm -rf /tmp/installer; \
+    fi \
+    && if [ -n "$COMPILER" ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends $COMPILER && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 # The project's code, compiled: the root file system of the pods is read-only.
 FROM ${BASE} AS operator-code
 COPY crds/qlora_api /app/qlora_api
@@ -52,7 +72,7 @@ COPY --from=operator-code /app /app
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "qlora_operator"]
 
-FROM trainer-dependencies AS trainer
+FROM trainer-${KERNELS} AS trainer
 COPY --from=trainer-code /app /app
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "qlora_trainer"]

@@ -96,6 +96,8 @@ BAD = [
     Bad("a target module twice", {"spec.lora.targetModules": ["q_proj", "q_proj"]}, "spec.lora.targetModules", 'Duplicate value: "q_proj"', "q_proj: listed twice"),
     Bad("no target module", {"spec.lora.targetModules": []}, "spec.lora.targetModules", "should have at least 1 items", "must have at least 1 items"),
     Bad("LoftQ without quantisation", {"spec.method": "lora", "spec.lora.init": "loftq"}, "spec", "lora.init loftq makes good the rounding of a quantised base: use it with method qlora"),
+    Bad("LoftQ on another base", {"spec.lora.init": "loftq", "spec.output.mergeBase": "original"}, "spec", "lora.init loftq puts what quantisation takes away into the adapter: with output.mergeBase original it would be there twice"),
+    Bad("PiSSA", {"spec.lora.init": "pissa"}, "spec.lora.init", 'Unsupported value: "pissa"', "must be one of 'default', 'gaussian' or 'loftq' (found 'pissa')"),
     Bad("epochs and maxSteps", {"spec.training.epochs": 1, "spec.training.maxSteps": 10}, "spec.training", "epochs and maxSteps exclude each other: set one of them or none"),
     Bad("no epochs", {"spec.training.epochs": 0}, "spec.training.epochs", "should be greater than 0", "must be greater than 0"),
     Bad("learning rate 0", {"spec.training.learningRate": 0}, "spec.training.learningRate", "should be greater than 0", "must be greater than 0"),

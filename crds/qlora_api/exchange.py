@@ -230,6 +230,8 @@ class Recipe(Document):
     dropout: float = Field(ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: list[str] = Field(description="Linear layers that get an adapter.")
     rslora: bool = Field(default=False, description="Whether the scale is alpha/√rank instead.")
+    dora: bool = Field(default=False, description="Whether magnitudes are learned apart from directions (DoRA).")
+    init: Literal["default", "gaussian", "loftq"] = Field(default="default", description="How the adapter starts.")
     max_length: int = Field(ge=1, description="Tokens per sequence.")
     packing: bool = Field(description="Whether a sequence holds several examples.")
     loss: Literal["assistant", "completion", "all"] = Field(description="Which tokens are learned.")

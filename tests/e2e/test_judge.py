@@ -103,7 +103,7 @@ def decided(of: Job, seen: Observed | None = None) -> dict[str, Any]:
 
 
 FRESH = given.job()
-REFUSED = given.job({"lora.dora": True})
+REFUSED = given.job({"output.signingKeySecretRef": {"name": "key"}})
 TRAINABLE = given.history(given.job(), INSPECT)
 RESTING = given.job({"suspend": True})
 PLAN_ONLY = given.job({"planOnly": True})
@@ -122,7 +122,9 @@ DECIDED = [
     pytest.param(TRAINABLE, {"train-1": given.exited(1)}, "InProgress", "train", id="training crashed: again"),
     pytest.param(given.history(RESTING, INSPECT), {}, "InProgress", "suspended", id="suspended"),
     pytest.param(given.history(PLAN_ONLY, INSPECT), {}, "Current", "Resource is Ready", id="planned only: done"),
-    pytest.param(REFUSED, {}, "Failed", "spec.lora.dora: not supported", id="a field that is not built"),
+    pytest.param(
+        REFUSED, {}, "Failed", "spec.output.signingKeySecretRef: not supported", id="a field that is not built"
+    ),
     pytest.param(BAD_DATA, {}, "Failed", "line 3: no role", id="bad data"),
     pytest.param(
         given.history(FRESH, INSPECT, TRAIN, given.PUBLISH_ADAPTER), {}, "Current", "Resource is Ready", id="published"

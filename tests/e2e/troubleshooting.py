@@ -122,10 +122,10 @@ REFUSED = (
     ),
     Trouble(
         "not-built", "Failed", "NotSupported",
-        "spec.lora.dora: not supported by this version; remove the field",
+        "spec.output.signingKeySecretRef: not supported by this version; remove the field",
         "The field is part of the resource; this version would ignore it, and refuses the job instead.",
         "Remove the field.",
-        {"lora": {"dora": True}},
+        {"output": {"signingKeySecretRef": {"name": "key"}}},
     ),
 )  # fmt: skip
 

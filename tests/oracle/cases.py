@@ -32,6 +32,8 @@ class Case:
     max_length: int
     gradient_checkpointing: bool = True
     fused_loss: bool = False
+    dora: bool = False
+    dropout: float = 0.05
     #: So many of its layers only.
     layers: int | None = None
 
@@ -48,7 +50,8 @@ class Case:
             method=self.method,
             rank=16,
             alpha=32,
-            dropout=0.05,
+            dropout=self.dropout,
+            dora=self.dora,
             target_modules=[module.name for module in shape_of_config(self.config).linear],
             max_length=self.max_length,
             packing=True,
@@ -73,6 +76,8 @@ class Case:
             parts.append("no checkpointing")
         if self.fused_loss:
             parts.append("fused loss")
+        if self.dora:
+            parts.append("DoRA" if self.dropout else "DoRA without dropout")
         return ", ".join(parts)
 
 
@@ -127,4 +132,8 @@ SMALL = (
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 8, 1024, fused_loss=True, layers=5),
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 2048, layers=5),
     Case("meta-llama/Llama-2-7b-hf", "qlora", 2, 1, 2048, layers=5),
+    Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 128, dora=True, layers=3),
+    Case(
+        "HuggingFaceTB/SmolLM2-135M", "lora", 1, 1, 256, dora=True, dropout=0.0, gradient_checkpointing=False, layers=5
+    ),
 )

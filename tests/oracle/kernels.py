@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 import torch
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
-from bitsandbytes.functional import create_dynamic_map
+from bitsandbytes.functional import create_dynamic_map, dequantize_4bit
+from peft.tuners.lora import dora
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
@@ -119,6 +120,12 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
+def _dequantised(linear: Any) -> torch.Tensor:
+    """PEFT's DoRA looks for Params4bit, which cannot be made of a fake tensor."""
+    state = getattr(linear.weight, "quant_state", None)
+    return dequantize_4bit(linear.weight, state) if state else linear.weight
+
+
 def _in_place(*_: object, **__: object) -> None:
     """TRL's Triton kernels and its product in fp32: they write where they are told to."""
 
@@ -132,6 +139,7 @@ def as_on_a_gpu() -> Iterator[None]:
         patch("bitsandbytes.functional.create_dynamic_map", lambda *, signed: maps[signed]),
         patch.object(functional, "scaled_dot_product_attention", _attention),
         patch.object(functional, "dropout", _dropout),
+        patch.object(dora, "dequantize_module_weight", _dequantised),
         patch.object(trl_utils, "_use_triton", lambda _: True),
         patch.object(chunked_logprob, "_forward_tile", _in_place),
         patch.object(chunked_logprob, "_backward_tile", _in_place),

@@ -9,10 +9,12 @@ import gc
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit
+from peft.tuners.lora import dora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -88,8 +90,13 @@ def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fu
         model.is_loaded_in_4bit = True
     if fused_loss:
         add_fused_lm_head(model)
-    with torch.device("meta"):
+    with torch.device("meta"), patch.object(dora, "dequantize_module_weight", _unpacked):
         return with_adapter(model, recipe, SimpleNamespace(uri=""))  # pyright: ignore[reportArgumentType]  reads no more
+
+
+def _unpacked(linear: Any) -> torch.Tensor:
+    """For the magnitudes, of which only the number counts here."""
+    return torch.empty(linear.out_features, linear.in_features)
 
 
 def materialised(model: nn.Module) -> None:

@@ -274,9 +274,6 @@ REFUSED = [
     ("spec.model.trustRemoteCode", True, "not supported by this version; remove the field"),
     ("spec.dataset.train[0].uri", "oci://b/t.jsonl", "use pvc://claim/path or s3://bucket/path or hf://owner/name"),
     ("spec.dataset.eval.uri", "oci://b/e.jsonl", "use pvc://claim/path or s3://bucket/path"),
-    ("spec.lora.dora", True, "remove the field"),
-    ("spec.lora.init", "loftq", "remove the field"),
-    ("spec.training.attention", "flash_attention_2", "use sdpa or eager"),
     ("spec.training.earlyStoppingEpochs", 2, "remove the field"),
     ("spec.training.bestMetric", "evalLoss", "remove the field"),
     ("spec.evaluation.golden.uri", "oci://registry/golden", "use pvc://claim/path"),
@@ -337,5 +334,5 @@ def test_the_examples_are_jobs_that_this_version_runs(path: Path):
 
 def test_a_default_written_out_is_no_wish():
     defaults = {path: node["default"] for path, node in LEAVES.items() if "default" in node and "[]" not in path}
-    assert {path for path in defaults if limit_on(path) is NOT_YET} >= {"lora.dora", "offline"}
+    assert {path for path in defaults if limit_on(path) is NOT_YET} >= {"offline"}
     assert asked({f"spec.{path}": value for path, value in defaults.items() if path.split(".")[0] != "budget"}) == []

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, TrainOrder
-from qlora_trainer.artifacts import whole_directory
+from qlora_trainer.artifacts import copy_file, whole_directory
 from qlora_trainer.model import BaseModel
 from qlora_trainer.quantization import quantized_modules
 from qlora_trainer.ranks import like
+from qlora_trainer.weights import TOKENIZER_FILES
 
 #: Beside the adapter: what it was trained on, for the merge and for whoever finds the adapter later.
 TRAINING_NAME = "qlora-training.json"
@@ -28,6 +29,8 @@ def with_adapter(model: Any, recipe: Recipe, base: BaseModel) -> Any:
         lora_dropout=recipe.dropout,
         target_modules=list(recipe.target_modules),
         use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
+        init_lora_weights="gaussian" if recipe.init == "gaussian" else True,  # loftq: see starts.py
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -48,13 +51,19 @@ def load_adapter(model: Any, values: dict[str, torch.Tensor]) -> None:
             weight.copy_(like(weight, values[name]))
 
 
-def save_adapter(model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder) -> None:
-    """Write a PEFT directory of the weights `values`, and beside it what the adapter was trained on."""
+def save_adapter(
+    model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder, base: BaseModel
+) -> None:
+    """Write a PEFT directory of the weights `values`, with the base's own tokenizer and chat template, and what the
+    adapter was trained on."""
     with whole_directory(directory) as partial:
         # PEFT picks the adapter out of a whole model's weights by their names there
         renamed = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
         state = {renamed[weight]: values[name] for name, weight in adapter_weights(model).items()}
         model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
+        for name in TOKENIZER_FILES:
+            if (base.directory / name).is_file():
+                copy_file(base.directory / name, partial / name)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's model card is a form that nobody has filled in
         config_path = partial / "adapter_config.json"
         config = json.loads(config_path.read_text(encoding="utf-8"))

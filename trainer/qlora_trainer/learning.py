@@ -17,6 +17,7 @@ from qlora_trainer.evaluation import mean_loss, micro_batches, summed_loss
 from qlora_trainer.failures import Interrupted, is_out_of_memory
 from qlora_trainer.health import Health
 from qlora_trainer.interruption import Interruption
+from qlora_trainer.offloading import activations_offloaded
 from qlora_trainer.optimization import learning_rate
 from qlora_trainer.prepared import Rows
 from qlora_trainer.ranks import ALONE, Ranks, whole, whole_state
@@ -108,7 +109,8 @@ def learn(
             ):
                 if stopping := ranks.any(interruption.requested):
                     break
-                part = summed_loss(model, batch, learning.device) / loss_tokens
+                with activations_offloaded(recipe, model.config.hidden_size, learning.device):
+                    part = summed_loss(model, batch, learning.device) / loss_tokens
                 scaler.scale(part * averaged_over).backward()
                 part_of_loss += part.detach()
         except (RuntimeError, MemoryError) as error:

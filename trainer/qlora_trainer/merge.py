@@ -29,6 +29,9 @@ from qlora_trainer.quantization import dequantised
 from qlora_trainer.results import record, recorded
 from qlora_trainer.weights import INDEX_NAME, WEIGHT_SUFFIXES, Weights, read_weights
 
+#: What PEFT adds to a layer's name for a DoRA's magnitudes.
+_MAGNITUDE = ".lora_magnitude_vector"
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -37,6 +40,8 @@ class Adapter:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     scale: float
     quantized: frozenset[str]
+    #: Of a DoRA: the length of each row of base + ΔW.
+    magnitudes: dict[str, torch.Tensor]
 
     def delta(self, weight: str) -> torch.Tensor | None:
         """ΔW of the base's `weight`, in fp32."""
@@ -79,7 +84,9 @@ def merge(order: MergeOrder, pod: Pod) -> MergeResult:
             merged: dict[str, torch.Tensor] = {}
             for name, weight in _tensors(source / file):
                 quantised = order.recipe if round_trip and name in adapter.quantized else None
-                merged[name], error = merged_weight(weight, adapter.delta(name), quantised)
+                merged[name], error = merged_weight(
+                    weight, adapter.delta(name), quantised, adapter.magnitudes.get(name)
+                )
                 parity = max(parity, error)
             save_file(merged, partial / file, metadata={"format": "pt"})
             log.info("shard %d of %d written, %d tensors", number, len(weights.files), len(merged))
@@ -98,10 +105,14 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def merged_weight(
-    weight: torch.Tensor, delta: torch.Tensor | None, quantised: Recipe | None
+    weight: torch.Tensor,
+    delta: torch.Tensor | None,
+    quantised: Recipe | None,
+    magnitudes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """`weight` (as dequantised, if it was quantised) + `delta` in its own type, and how far the cast moved it.
 
+    Each row is given its length in `magnitudes`, if there are any (DoRA, Liu et al. 2024, equation 5).
     The second value is the largest difference from the sum in fp32, relative to the sum's largest value.
     """
     if delta is None and quantised is None:
@@ -109,6 +120,8 @@ def merged_weight(
     exact = dequantised(weight, quantised) if quantised else weight.float()
     if delta is not None:
         exact += delta
+    if magnitudes is not None:
+        exact *= (magnitudes.float() / torch.linalg.norm(exact, dim=1))[:, None]
     written = exact.to(weight.dtype)
     largest = float(exact.abs().max())
     return written, float((written.float() - exact).abs().max()) / largest if largest else 0.0
@@ -123,7 +136,7 @@ def read_adapter(directory: Path, model_digest: str) -> Adapter:
     trained_on: dict[str, Any] = json.loads((directory / "qlora-training.json").read_text(encoding="utf-8"))
     if trained_on["modelDigest"] != model_digest:
         raise BadInput("the adapter was trained on another base model than the order names: train anew")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out"):
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out"):
         if config.get(key):
             raise ValueError(f"adapter_config.json: {key} is set, which this merge does not know")
     rank = config["r"]
@@ -131,14 +144,17 @@ def read_adapter(directory: Path, model_digest: str) -> Adapter:
 
     tensors = load_file(directory / "adapter_model.safetensors")
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    magnitudes: dict[str, torch.Tensor] = {}
     for name in tensors:
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if name.endswith(".lora_A.weight"):
             factors[f"{module}.weight"] = (tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")])
+        elif name.endswith(_MAGNITUDE):
+            magnitudes[f"{name.removeprefix('base_model.model.').removesuffix(_MAGNITUDE)}.weight"] = tensors[name]
         elif not name.endswith(".lora_B.weight"):
             raise ValueError(f"adapter_model.safetensors: {name} is no LoRA factor")
     quantized = frozenset(f"{module}.weight" for module in trained_on["quantizedModules"])
-    return Adapter(factors, scale, quantized)
+    return Adapter(factors, scale, quantized, magnitudes)
 
 
 def copy_beside(source: Path, target: Path, weights: Weights) -> None:

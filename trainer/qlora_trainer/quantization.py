@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import modules as bnb_modules
 
 from qlora_api.exchange import Recipe
+from qlora_trainer.failures import BadInput
 
 if TYPE_CHECKING:
     from qlora_trainer.model import BaseModel
@@ -24,11 +25,9 @@ BLOCK_SIZE = 64
 def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> Any:
     """The base on `device`: in 4 bits for qlora, in the compute type for lora; frozen.
 
-    Raises RuntimeError when layers that were sized as quantised are not.
+    Raises BadInput where the model's code has no such attention kernel.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # the merge does without transformers
-
-    from qlora_trainer.model import block_linears, empty_model
 
     dtype = getattr(torch, recipe.compute_dtype)
     quantization = None
@@ -39,21 +38,25 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
             bnb_4bit_use_double_quant=recipe.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base.directory,
-        dtype=dtype,
-        quantization_config=quantization,
-        attn_implementation=recipe.attention,
-        device_map={"": device},
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.directory,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=recipe.attention,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except ValueError as error:
+        if "attention implementation" in str(error) or "Flash Attention" in str(error):
+            raise BadInput(
+                f"training.attention: {base.architecture} cannot do {recipe.attention}: leave the field out, or give "
+                "eager"
+            ) from error
+        raise
     model.requires_grad_(False)
-    expected = sorted(name for name in block_linears(empty_model(base.config)))
-    if recipe.method == "qlora" and quantized_modules(model) != expected:
-        odd = sorted(set(expected) ^ set(quantized_modules(model)))
-        raise RuntimeError(f"quantised other layers than were sized, for example {odd[0]}")
     return model
 
 

@@ -17,21 +17,25 @@ from qlora_api.exchange import Recipe, Score, TrainOrder, TrainResult
 from qlora_api.peaks import peak_flops
 from qlora_trainer.adapter import adapter_weights, load_adapter, save_adapter, with_adapter
 from qlora_trainer.artifacts import directory_bytes, directory_digest
+from qlora_trainer.census import census
 from qlora_trainer.checkpoint import Checkpoints, Progress
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
 from qlora_trainer.evaluation import METRIC, exact_match
 from qlora_trainer.failures import BadInput, EnvironmentUnfit
+from qlora_trainer.fitness import equipment, require_attention_as_asked, require_fit, require_optimizer_as_asked
 from qlora_trainer.flops import Work
 from qlora_trainer.inputs import with_inputs
 from qlora_trainer.learning import Learning, learn
 from qlora_trainer.model import open_base
 from qlora_trainer.optimization import make_optimizer
+from qlora_trainer.packing import require_apart
 from qlora_trainer.prepared import open_prepared, prepare
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.ranks import Ranks, load_state, meeting, mesh_of, whole
 from qlora_trainer.recording import Recorder
 from qlora_trainer.results import record, recorded
 from qlora_trainer.sharding import load_sharded
+from qlora_trainer.starts import started
 
 
 def train(order: TrainOrder, pod: Pod) -> TrainResult:
@@ -55,8 +59,14 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     if ranks.size != order.ranks:
         raise EnvironmentUnfit(f"the plan is for {order.ranks} processes, and {ranks.size} are here")
     sharded = order.sharded or recipe.offload == "parameters"
+    if sharded and (recipe.dora or recipe.init == "loftq"):
+        raise BadInput(
+            f"lora.{'dora' if recipe.dora else 'init: loftq'} reads whole weights of the base, and the plan shares or "
+            "moves them: leave it out, or plan for one GPU without training.offload: parameters"
+        )
     device = pick_device(order.accelerator, cpu_allowed=order.cpu_allowed)
     quiet_libraries()
+    require_fit(recipe, equipment(device))
     flat = recipe.attention.startswith("flash")
 
     # model and data: those that were inspected, or none
@@ -78,12 +88,16 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         model = load_sharded(base, recipe, device, mesh_of(ranks, device))
     else:
         model = with_adapter(load_for_training(base, recipe, device), recipe, base)
+    census(model, base, recipe, device)
+    require_attention_as_asked(model, recipe, base.architecture)
+    require_apart(model, recipe, device, base.architecture, flat=flat)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     adapter_parameters = sum(weight.numel() for weight in trained.values())
     log.info("%d weights to train", adapter_parameters)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(recipe, trained.values())
+    require_optimizer_as_asked(optimizer, recipe)
     # fp16 gradients of small losses vanish without a scale; bf16 and fp32 need none
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=recipe.compute_dtype == "float16")
 
@@ -96,6 +110,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         load_state(optimizer, checkpoint.optimizer)
         scaler.load_state_dict(checkpoint.scaler)
         log.info("resumed from step %d", resumed_from)
+    elif recipe.dora or recipe.init == "loftq":
+        load_adapter(model, ranks.from_first(lambda: started(model, recipe, base)))
 
     learning = Learning(
         model,
@@ -125,7 +141,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     # what came out
     learned = {name: whole(weight) for name, weight in adapter_weights(model).items()}
     if ranks.first:
-        save_adapter(model, learned, adapter_dir, order)
+        save_adapter(model, learned, adapter_dir, order, base)
     scores: list[Score] = []
     if data.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
         model.eval()

@@ -191,10 +191,15 @@ class Lora(SpecPart):
         "of a mixture of experts, those of the attention.",
     )
     rslora: Flag = Field(default=False, description="Rank-stabilised scale: alpha/√rank. For ranks of 64 and more.")
-    dora: Flag = Field(default=False, description="Learn magnitude and direction apart (DoRA). Slower, closer to full.")
+    dora: Flag = Field(
+        default=False,
+        description="Learn magnitude and direction apart (DoRA), on one GPU. Slower, closer to full; with dropout each "
+        "layer is computed twice.",
+    )
     init: AdapterInit = Field(
         default="default",
-        description="How the adapter starts: default (as no change at all) or loftq (making good the rounding of NF4).",
+        description="How the adapter starts: default and gaussian (as no change at all, A from a uniform or a normal "
+        "distribution) or loftq (making good what 4 bits round away). PiSSA and OLoRA would change the frozen base.",
     )
 
 
@@ -259,7 +264,9 @@ class Training(SpecPart):
         description="Recompute activations in the backward pass: a fifth slower, much less memory. Absent: yes.",
     )
     attention: Attention | None = Field(
-        default=None, description="Attention kernel. Absent: sdpa, or eager where the model caps scores."
+        default=None,
+        description="Attention kernel. Absent: sdpa, or eager where the model caps scores. The others need a GPU, and "
+        "a trainer image with their package (flash_attention_2, flash_attention_3) or a C compiler (flex_attention).",
     )
     offload: Offload | None = Field(
         default=None,
@@ -550,6 +557,12 @@ class JobSpec(SpecPart):
             "self.lora.init != 'loftq' || !has(self.method) || self.method == 'qlora'",
             lambda spec: spec.lora.init != "loftq" or spec.method != "lora",
             "lora.init loftq makes good the rounding of a quantised base: use it with method qlora",
+        ),
+        Rule(
+            "self.lora.init != 'loftq' || self.output.mergeBase == 'dequantized'",
+            lambda spec: spec.lora.init != "loftq" or spec.output.merge_base == "dequantized",
+            "lora.init loftq puts what quantisation takes away into the adapter: with output.mergeBase original it "
+            "would be there twice",
         ),
         Rule(
             "!has(self.evaluation.gates) || size(self.evaluation.gates) == 0 || has(self.evaluation.golden)"

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_api.exchange import Inspection, Recipe
+from qlora_api.exchange import Recipe
 from qlora_api.v1alpha1 import JobSpec
 from qlora_operator.placement.choice import Placed, Wishes
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
 from qlora_operator.planner.recipe import CPU, Unfit
-from qlora_operator.sizing.memory import GIB
 
 #: Nodes with GPUs are commonly tainted with the resource's name (as the ExtendedResourceToleration plugin expects).
 GPU_TOLERATIONS: tuple[dict[str, Any], ...] = (
@@ -68,6 +67,21 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
         )
     gpus = max(hardware.gpus or 1, hardware.nodes or 1)
     effective, size = training.effective_batch_size, training.micro_batch_size or 1
+    alone = "lora.dora" if spec.lora.dora else "lora.init: loftq" if spec.lora.init == "loftq" else None
+    if training.offload == "parameters" and alone:
+        return Unfit(
+            "AdapterNotShardable",
+            f"spec.{alone} reads whole weights of the base, which training.offload: parameters takes from the GPU; "
+            "leave one of them out",
+            final=True,
+        )
+    if training.offload == "activations" and training.gradient_checkpointing is False:
+        return Unfit(
+            "NothingToOffload",
+            "spec.training.offload: activations moves what gradientCheckpointing keeps; leave gradientCheckpointing "
+            "out, or offload",
+            final=True,
+        )
     if effective % (gpus * size):
         return Unfit(
             "BatchNotDivisible",
@@ -82,18 +96,6 @@ def _on_the_hub(spec: JobSpec) -> set[str]:
     data = (*spec.dataset.train, spec.dataset.eval, spec.evaluation.golden, spec.evaluation.canary)
     places = (spec.model, *(source for source in data if source))
     return {place.uri for place in places if place.uri.startswith("hf://")}
-
-
-def loftq_too_large(inspection: Inspection, largest_bytes: int) -> Unfit | None:
-    """LoftQ starts from the whole base in fp32, on the host (training.md, LoftQ)."""
-    need = 4 * inspection.shape.parameters
-    if need <= largest_bytes:
-        return None
-    return Unfit(
-        "LoftqTooLarge",
-        f"spec.lora.init: loftq needs the base in fp32, {need / GIB:.0f} GiB of host memory, and the largest node has "
-        f"{largest_bytes / GIB:.0f}; leave init out",
-    )
 
 
 def demands_of(spec: JobSpec, installation: Installation) -> Demands:

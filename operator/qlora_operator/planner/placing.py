@@ -17,7 +17,6 @@ from qlora_operator.planner.demands import (
     demands_of,
     in_the_card_s_type,
     is_bound,
-    loftq_too_large,
     wishes,
 )
 from qlora_operator.planner.recipe import CPU, Unfit, by_gpus, open_recipes
@@ -51,8 +50,6 @@ def plan(
     demands = demands_of(spec, installation)
     if spec.hardware.accelerator == CPU:
         return _plan_on_cpu(spec, inspection, found, inventory.largest_memory_bytes(demands))
-    if spec.lora.init == "loftq" and (refusal := loftq_too_large(inspection, inventory.largest_memory_bytes(demands))):
-        return refusal
     offers = inventory.offers(demands)
     bound = is_bound(spec, keep)
     able, refused = able_to(spec, offers.flavours, found, bound=bound)

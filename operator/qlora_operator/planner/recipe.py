@@ -15,6 +15,8 @@ DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
 #: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded.
 ONE_GPU_OPTIMIZERS = frozenset({"paged_adamw_8bit", "adamw_8bit"})
+#: Attention kernels that a CPU can train with: torch has no backward of flex_attention there (measured, torch 2.15).
+CPU_ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,15 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             f"leave the field out, or give {usual}",
             final=True,
         )
-    methods: list[Method] = [spec.method] if spec.method else ["lora", "qlora"]
+    if spec.hardware.accelerator == CPU and attention not in CPU_ATTENTION:
+        return Unfit(
+            "AttentionCannotWork",
+            f"spec.training.attention: {attention} cannot train on a CPU: leave the field out, or give {usual}",
+            final=True,
+        )
+    # what LoftQ makes good is there with qlora alone
+    either: list[Method] = ["qlora"] if spec.lora.init == "loftq" else ["lora", "qlora"]
+    methods: list[Method] = [spec.method] if spec.method else either
     on_cpu = spec.hardware.accelerator == CPU
     training = spec.training
     neither = training.epochs is None and training.max_steps is None
@@ -67,6 +77,8 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             dropout=spec.lora.dropout,
             target_modules=sorted(targets),
             rslora=spec.lora.rslora,
+            dora=spec.lora.dora,
+            init=spec.lora.init,
             max_length=max_length,
             packing=spec.dataset.packing,
             loss=loss,
@@ -102,8 +114,9 @@ def by_gpus(found: Sequence[Recipe], spec: JobSpec, keep: Recipe | None) -> Reci
 
 
 def sharded(found: Sequence[Recipe], optimizer: str | None) -> list[Recipe]:
-    """The recipes for GPUs that share a model, with the `optimizer` that is set, if one is; none where it cannot."""
-    if optimizer in ONE_GPU_OPTIMIZERS:
+    """The recipes for GPUs that share a model, with the `optimizer` that is set, if one is; none where it cannot, nor
+    where the adapter starts from whole weights, which no GPU then has."""
+    if optimizer in ONE_GPU_OPTIMIZERS or any(recipe.dora or recipe.init == "loftq" for recipe in found):
         return []
     return [recipe.model_copy(update={"optimizer": optimizer or SHARED_OPTIMIZER}) for recipe in found]
 

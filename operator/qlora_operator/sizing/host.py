@@ -37,7 +37,7 @@ def host_memory(
     if recipe.offload == "parameters":
         items.append(Item("offloaded parameters", gpus_per_node * _frozen_bytes(shape, training)))
     if recipe.optimizer.startswith("paged") and gpus == 1:
-        trained = lora_parameters(shape, rank=recipe.rank, target_modules=recipe.target_modules)
+        trained = _trained(shape, recipe)
         items.append(Item("paged optimizer state", gpus_per_node * int(trained * training.state_bytes)))
     return Memory(tuple(item for item in items if item.bytes))
 
@@ -50,7 +50,7 @@ def disk(
     A checkpoint is the adapter and two fp32 moments; one more is being written while the others are kept. The merged
     model is of the type that the base is stored in. Of `tokens`, all that the data has, each takes 4 bytes.
     """
-    adapter = 4 * lora_parameters(shape, rank=recipe.rank, target_modules=recipe.target_modules)
+    adapter = 4 * _trained(shape, recipe)
     items = [
         Item("download", download_bytes),
         Item("prepared data", TOKEN_BYTES * tokens),
@@ -60,6 +60,10 @@ def disk(
         Item("results", RESULT_BYTES),
     ]
     return tuple(item for item in items if item.bytes)
+
+
+def _trained(shape: ModelShape, recipe: Recipe) -> int:
+    return lora_parameters(shape, rank=recipe.rank, target_modules=recipe.target_modules, dora=recipe.dora)
 
 
 def _largest_part(training: Training) -> int:

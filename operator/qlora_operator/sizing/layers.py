@@ -60,7 +60,10 @@ class Layers:
         if training.autocast:
             x = self.cast(tape, x, training.compute_bytes, purpose)
         size = x.itemsize
-        first, second = (weights * training.adapter_bytes for weights in training.adapter_weights(linear))
+        first, second, *third = (weights * training.adapter_bytes for weights in training.adapter_weights(linear))
+        if third:
+            total = self._dora(tape, x, result, linear, (first, second, *third), purpose)
+            return self.cast(tape, total, itemsize, purpose)
         into = Into(x.key, tokens * linear.inputs * size)
         down = tape.op(purpose, tokens * training.rank, size, [into], saves=[x], weights=[first])
         del x
@@ -74,6 +77,66 @@ class Layers:
         total = self._added(tape, result, scaled, purpose)
         del result, scaled
         return total if training.autocast else self.cast(tape, total, itemsize, purpose)
+
+    def _dora(
+        self, tape: Tape, x: Tensor, result: Tensor, linear: Linear, gradients: Sequence[int], purpose: str
+    ) -> Tensor:
+        """W·x + (m/‖W + s·B·A‖ - 1)·W·x + m/‖W + s·B·A‖·s·B·A·x, all in the adapter's type (PEFT's DoraLinearLayer).
+
+        B·A is made of a unit matrix by the two layers, and W is whole beside it until the layer returns. With dropout,
+        W meets x once more and waits for its gradient.
+        """
+        training, size = self.training, x.itemsize
+        tokens, whole, rank = training.tokens, linear.weights * size, training.rank
+        outputs = linear.outputs * size
+        unit = [self.trace.new(count * size, purpose) for count in (linear.inputs**2, linear.inputs * rank)]
+        _product = self.trace.new(whole, purpose)
+        if tape.checkpointed:
+            del unit  # nothing is kept for a backward that recomputes
+        packed = (
+            self.trace.new(linear.weights * training.compute_bytes, purpose) if training.method == "qlora" else None
+        )
+        weight = packed
+        if training.compute_bytes != size:
+            weight = self.trace.new(whole, purpose)
+        del packed
+        scaled = self.trace.new(whole, purpose)
+        both = self.trace.new(whole, purpose)
+        del scaled, both
+        down_bytes, up_bytes, magnitude_bytes = gradients
+        norm = tape.tensor(self.trace.new(outputs, purpose), linear.outputs, size)
+        ratio = tape.op(purpose, linear.outputs, size, [], saves=[norm], weights=[magnitude_bytes])
+        del norm
+        into = Into(x.key, tokens * linear.inputs * size)
+        down = tape.op(purpose, tokens * rank, size, [into], saves=[x], weights=[down_bytes])
+        up = tape.op(
+            purpose, tokens * linear.outputs, size, [Into(down.key, tokens * rank * size)], saves=[down],
+            weights=[up_bytes],
+        )  # fmt: skip
+        del down
+        rows = up.elements * size
+        direct = result
+        if training.dropout:
+            kept = [tape.tensor(weight, linear.weights, size)] if weight else []
+            direct = tape.op(purpose, up.elements, size, [into], saves=kept)
+            del kept
+        less = tape.tensor(self.trace.new(outputs, purpose), linear.outputs, size)
+        narrow = direct.elements * direct.itemsize
+        wide_first = (rows,) if direct.itemsize != size else ()
+        first = tape.op(
+            purpose, up.elements, size,
+            [Into(direct.key, narrow, scratch=wide_first), Into(ratio.key, outputs, scratch=(rows,))],
+            saves=[less, direct],
+        )  # fmt: skip
+        second = tape.op(
+            purpose, up.elements, size, [Into(up.key, rows), Into(ratio.key, outputs, scratch=(rows,))],
+            saves=[ratio, up],
+        )  # fmt: skip
+        turned = tape.op(purpose, up.elements, size, [Into(second.key, rows)])
+        del second
+        added = self._added(tape, first, turned, purpose)
+        del first, turned, up, direct, less, ratio, weight, _product
+        return self._added(tape, result, added, purpose)
 
     def norm(self, tape: Tape, x: Tensor, *, heads: int = 1) -> Tensor:
         """weight * (x * rsqrt(mean(x²) + ε)), computed in fp32; of each token, or of each of its `heads`."""

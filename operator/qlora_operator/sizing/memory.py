@@ -69,9 +69,13 @@ class Memory:
         return sum(item.bytes for item in self.items)
 
 
-def lora_parameters(shape: ModelShape, *, rank: int, target_modules: list[str]) -> int:
-    """Weights of the adapter: r·(in + out) per adapted linear layer. LoRA, Hu et al. 2021, section 4.1."""
-    return sum(rank * (m.in_features + m.out_features) * m.count for m in shape.linear if m.name in target_modules)
+def lora_parameters(shape: ModelShape, *, rank: int, target_modules: list[str], dora: bool = False) -> int:
+    """Weights of the adapter: r·(in + out) per adapted linear layer. LoRA, Hu et al. 2021, section 4.1.
+
+    A DoRA has `out` magnitudes beside them.
+    """
+    adapted = [module for module in shape.linear if module.name in target_modules]
+    return sum((rank * (m.in_features + m.out_features) + dora * m.out_features) * m.count for m in adapted)
 
 
 def training_memory(
@@ -121,6 +125,8 @@ def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int, gpus: 
         rank=recipe.rank,
         adapted=frozenset(recipe.target_modules),
         dropout=recipe.dropout > 0,
+        dora=recipe.dora,
+        makes_good=recipe.init == "loftq",
         max_length=recipe.max_length,
         micro_batch_size=micro_batch_size,
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -153,8 +159,10 @@ def peak_of(training: Training) -> Peak:
 def walked(training: Training) -> dict[str, Peak]:
     """The peak of each part of a step that finds the optimizer's state made."""
     rank = Rank(training, Trace())
-    rank.make_optimizer_state()
     peaks: dict[str, Peak] = {}
+    if training.makes_good:
+        peaks["adapter's start"] = rank.start()
+    rank.make_optimizer_state()
     rank.step(peaks)
     return peaks
 

@@ -131,6 +131,19 @@ class Rank:
             return blocks, 4 * -(-blocks // 256), 64
         return 4 * blocks, 64
 
+    def start(self) -> Peak:
+        """The most that is held while LoftQ makes good layer after layer, of which the largest is walked.
+
+        The weight in fp32 and what is left of it after quantisation, and their difference while both are there.
+        """
+        adapted = [linear for linear in self.training.decoder.linears if linear.name in self.training.adapted]
+        largest = max((linear.weights for linear in adapted), default=0)
+        self.trace.watch_from_here()
+        held = [self.trace.new(4 * largest, LOADING) for _ in range(3)]
+        peak = Peak(self.trace.peak_bytes, self.trace.at_peak)
+        del held
+        return peak
+
     def step(self, marks: dict[str, Peak] | None = None) -> None:
         """One micro-batch forward and backward, and the optimizer's step; the peak of each part goes into `marks`."""
         training, decoder, trace = self.training, self.training.decoder, self.trace

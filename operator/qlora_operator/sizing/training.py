@@ -257,6 +257,10 @@ class Training:
     update_bytes: float = 0.0
     #: Bytes per weight of the adapter, its gradient and its arithmetic.
     adapter_bytes: int = 4
+    #: Magnitudes are learned apart from directions (DoRA).
+    dora: bool = False
+    #: The adapter starts as what quantisation takes away (LoftQ).
+    makes_good: bool = False
     #: Norms and embeddings in fp32 under qlora, and the residual stream with them (PEFT's k-bit preparation).
     norm_embed_fp32: bool = False
     #: Matrix products in the compute type whatever their inputs are (torch.autocast).
@@ -296,10 +300,14 @@ class Training:
         return 4 if self.norm_embed_fp32 and self.method == "qlora" and not self.autocast else self.compute_bytes
 
     def adapter_weights(self, linear: Linear) -> tuple[int, ...]:
-        """Weights of the two factors of the adapter on `linear`, none if it has none. LoRA, Hu et al. 2021, 4.1."""
+        """Weights of the two factors of the adapter on `linear`, none if it has none. LoRA, Hu et al. 2021, 4.1.
+
+        A DoRA has a magnitude for each output beside them (Liu et al. 2024, section 4.1).
+        """
         if linear.name not in self.adapted:
             return ()
-        return linear.copies * self.rank * linear.inputs, linear.copies * self.rank * linear.outputs
+        factors = linear.copies * self.rank * linear.inputs, linear.copies * self.rank * linear.outputs
+        return (*factors, linear.copies * linear.outputs) if self.dora else factors
 
 
 def with_layers(training: Training, layers: int) -> Training:

@@ -234,6 +234,20 @@ def test_every_change_that_is_advised_does_help() -> None:
 
 CONTRADICTIONS: list[Any] = [
     (
+        {"training.offload": "parameters", "lora.dora": True}, "AdapterNotShardable",
+        "spec.lora.dora reads whole weights of the base, which training.offload: parameters takes from the GPU; leave "
+        "one of them out",
+    ),
+    (
+        {"training.offload": "activations", "training.gradientCheckpointing": False}, "NothingToOffload",
+        "spec.training.offload: activations moves what gradientCheckpointing keeps; leave gradientCheckpointing out, "
+        "or offload",
+    ),
+    (
+        {"hardware.accelerator": "cpu", "training.attention": "flex_attention"}, "AttentionCannotWork",
+        "spec.training.attention: flex_attention cannot train on a CPU: leave the field out, or give sdpa",
+    ),
+    (
         {"hardware.gpus": 3}, "BatchNotDivisible",
         "spec.training.effectiveBatchSize: 32 sequences cannot be shared by 3 GPUs in micro-batches of 1; make it a "
         "multiple of 3",
@@ -256,11 +270,28 @@ def test_offline_with_a_mirror_is_no_contradiction() -> None:
     assert isinstance(made("llama-3.1-8b", 1024, edits, CLUSTER, installation=Installation(mirror=True)), Plan)
 
 
-def test_loftq_needs_the_base_in_fp32_on_a_node() -> None:
-    refusal = made("llama-3.1-70b", 1024, {"lora.init": "loftq"}, CLUSTER)
+def test_loftq_makes_good_a_base_of_4_bits() -> None:
+    """Where 16 bits would fit, too: there is nothing to make good then."""
+    assert planned("llama-3.1-8b", 1024, {}, CLUSTER).recipe.method == "lora"
+    plan = planned("llama-3.1-8b", 1024, {"lora.init": "loftq"}, CLUSTER)
+    assert (plan.recipe.method, plan.recipe.init) == ("qlora", "loftq")
+
+
+@pytest.mark.parametrize("edits", [{"lora.dora": True}, {"lora.init": "loftq"}], ids=str)
+def test_what_reads_whole_weights_stays_on_one_gpu(edits: Raw) -> None:
+    assert planned("llama-3.1-405b", 1024, {"hardware.maxGPUs": 16}, CLUSTER).gpus > 1
+    refusal = made("llama-3.1-405b", 1024, edits | {"hardware.maxGPUs": 16}, CLUSTER)
     assert isinstance(refusal, Unfit)
-    assert (refusal.reason, refusal.final) == ("LoftqTooLarge", False)
-    assert "needs the base in fp32, 263 GiB of host memory" in refusal.message
+    assert not refusal.final
+
+
+def test_a_dora_takes_more_than_a_lora() -> None:
+    """Its magnitudes, a unit matrix and each weight in the adapter's type while its layer is at work."""
+    edits: Raw = {"method": "qlora", "training.microBatchSize": 1}
+    plain, dora = (planned("llama-3.1-8b", 512, edits | more, CLUSTER) for more in ({}, {"lora.dora": True}))
+    assert dora.recipe.dora
+    unit = 4 * 14336**2
+    assert dora.memory.total_bytes > plain.memory.total_bytes + unit
 
 
 def test_amd_gpus_are_sized_and_placed_and_refused_without_an_image() -> None:

@@ -475,8 +475,8 @@ SYNTAX = "write PRODUCT:GPUS-PER-NODExNODES, such as H100-80:8x4 or L40S:4x2,H10
             ["{path}: spec.training: epochs and maxSteps exclude each other: set one of them or none"],
         ),
         (
-            given.document({"lora.dora": True}),
-            ["{path}: spec.lora.dora: not supported by this version; remove the field"],
+            given.document({"output.signingKeySecretRef": {"name": "key"}}),
+            ["{path}: spec.output.signingKeySecretRef: not supported by this version; remove the field"],
         ),
         (
             given.document({"model.uri": "pvc://models/qwen2.5-7b"}),

@@ -32,6 +32,7 @@ SMALL = [given.gpu_node("node-9", "NVIDIA-A2", 15356)]
 
 FULL: dict[str, Any] = {"output.formats": BOTH}
 SUSPENDED: dict[str, Any] = {"suspend": True}
+NOT_BUILT: dict[str, Any] = {"output.signingKeySecretRef": {"name": "key"}}
 OWN_CLAIM: dict[str, Any] = {"storage.claimName": "scratch"}
 EDITED: dict[str, Any] = {"suspend": True, "hardware": {"gpuProducts": ["NVIDIA-A2"]}}
 
@@ -120,8 +121,8 @@ CASES = [
          attempts={"inspect-1": Active("node-1", NOW, template=template_of(job()))}),
     Case("suspended from birth: inspected all the same", job(SUSPENDED), [Start(INSPECT, 1)], "Inspecting",
          "Starting", after=2),
-    Case("what this version does not do is refused at once", job({"lora.dora": True}), [], "Failed",
-         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="spec.lora.dora",
+    Case("what this version does not do is refused at once", job(NOT_BUILT), [], "Failed",
+         "NotSupported", kstatus="Failed", conditions={"Failed": "True", "Stalled": "True"}, says="signingKeySecretRef",
          after=0),
     Case("inspection found: recorded", job(), [], "Planning", "Inspected", conditions={"Inspected": "True"},
          attempts={"inspect-1": given.succeeded(INSPECT)}, after=0),
@@ -306,9 +307,9 @@ CASES = [
     Case("after the training the plan stays", planned_otherwise(job(EDITED, INSPECT, TRAIN)), [], "Suspended",
          "Suspended"),
     Case("an edit that this version cannot do is no end: it can be taken back",
-         job({"suspend": True, "lora.dora": True}, INSPECT), [], "Pending", "NotSupported", kstatus="Failed",
-         says="spec.lora.dora", conditions={"Stalled": "True", "Failed": ""}),
-    Case("and suspending is obeyed beside it", job({"suspend": True, "lora.dora": True}, INSPECT), [Stop(TRAIN, 1)],
+         job({"suspend": True, **NOT_BUILT}, INSPECT), [], "Pending", "NotSupported", kstatus="Failed",
+         says="signingKeySecretRef", conditions={"Stalled": "True", "Failed": ""}),
+    Case("and suspending is obeyed beside it", job({"suspend": True, **NOT_BUILT}, INSPECT), [Stop(TRAIN, 1)],
          "Pending", "NotSupported", kstatus="Failed", attempts={"train-1": RUNNING}),
 
     # --- the budget ---

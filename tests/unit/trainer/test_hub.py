@@ -384,7 +384,7 @@ WRONG = {
     "a file that is not there": Wrong(
         of_data("hf://team/chats/trian.jsonl"), BadInput,
         ("dataset.train[0].uri: there is no hf://team/chats/trian.jsonl at http://127.0.0.1:",
-         "nor *.jsonl files below it; beside it: README.md, held-out, train.jsonl"),
+         "nor data files below it; beside it: README.md, held-out, train.jsonl"),
     ),
     "a model's directory that is not there": Wrong(
         {"model_uri": "hf://team/base/fp32"}, BadInput, ("model.uri: there is no directory hf://team/base/fp32",)
