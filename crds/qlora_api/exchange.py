@@ -27,6 +27,8 @@ ORDER_PATH = "/etc/qlora/order.json"
 WORK_MOUNT = "/work"
 #: Scratch space of a pod; inspect has nothing else. The kubelet evicts a pod that takes more, again and again.
 SCRATCH_GIB = 4
+#: A training multiplies with so many routed experts at a time as fit in here when they are dequantised, or with one.
+EXPERTS_AT_ONCE_BYTES = 512 << 20
 CLAIMS_MOUNT = "/claims"
 #: Below it each Secret that the stage needs, a directory of its name with a file per key.
 CREDENTIALS_MOUNT = "/credentials"

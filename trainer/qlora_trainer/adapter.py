@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, TrainOrder
 from qlora_trainer.artifacts import whole_directory
-from qlora_trainer.model import BaseModel
-from qlora_trainer.quantization import quantized_modules
+from qlora_trainer.experts import quantized_experts
+from qlora_trainer.model import BaseModel, empty_model, stored_parts
+from qlora_trainer.quantization import quantized_modules, stored_pattern
 from qlora_trainer.ranks import like
 
 #: Beside the adapter: what it was trained on, for the merge and for whoever finds the adapter later.
@@ -48,7 +49,7 @@ def load_adapter(model: Any, values: dict[str, torch.Tensor]) -> None:
             weight.copy_(like(weight, values[name]))
 
 
-def save_adapter(model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder) -> None:
+def save_adapter(model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder, base: BaseModel) -> None:
     """Write a PEFT directory of the weights `values`, and beside it what the adapter was trained on."""
     with whole_directory(directory) as partial:
         # PEFT picks the adapter out of a whole model's weights by their names there
@@ -66,5 +67,13 @@ def save_adapter(model: Any, values: dict[str, torch.Tensor], directory: Path, o
             "dataDigest": order.data_digest,
             "recipe": order.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             "quantizedModules": quantized_modules(model.get_base_model()),
+            "quantizedExperts": _stored_experts(model.get_base_model(), base),
         }
         (partial / TRAINING_NAME).write_text(json.dumps(trained_on, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stored_experts(model: Any, base: BaseModel) -> list[str]:
+    """What the files call the experts that are held in 4 bits: those of a layer by one name."""
+    experts = quantized_experts(model)
+    stored = stored_parts(empty_model(base.config), base.weights) if experts else {}
+    return sorted({stored_pattern(name) for parameter in experts for name in stored[parameter]})

@@ -125,7 +125,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     # what came out
     learned = {name: whole(weight) for name, weight in adapter_weights(model).items()}
     if ranks.first:
-        save_adapter(model, learned, adapter_dir, order)
+        save_adapter(model, learned, adapter_dir, order, base)
     scores: list[Score] = []
     if data.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
         model.eval()
