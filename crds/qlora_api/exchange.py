@@ -451,6 +451,7 @@ class TrainResult(Document):
     train_loss: float = Field(description="Mean over the last tenth of the steps.")
     eval_loss: float | None = None
     tokens: int = Field(ge=0, description="Tokens seen, padding not counted.")
+    padding_percent: float = Field(default=0, ge=0, le=100, description="Share of padding in what the model was given.")
     tokens_per_second: float = Field(ge=0)
     mfu: float | None = Field(
         default=None,
