@@ -9,9 +9,9 @@ from qlora_trainer.failures import Interrupted
 from qlora_trainer.model import open_base
 from qlora_trainer.sequences import batches
 from qlora_trainer.training import train
+from tests.reference import rows_of
 
 from .conftest import Place
-from .reference import rows_of
 from .test_training import InterruptedAfter, afresh
 
 

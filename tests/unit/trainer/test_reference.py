@@ -9,9 +9,9 @@ from qlora_trainer.adapter import with_adapter
 from qlora_trainer.model import open_base
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.training import train
+from tests.reference import losses_of, reference, rows_of
 
 from .conftest import Place
-from .reference import losses_of, reference, rows_of
 from .test_training import losses
 
 
