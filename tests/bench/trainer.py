@@ -319,8 +319,8 @@ def page(results: figures.Results) -> str:
         "## What is the same",
         "",
         "The losses: on the same batches no loss of 50 steps differs from SFTTrainer's by more than a relative 1e-5",
-        "(`tests/unit/trainer/test_reference.py`; 9e-7 when it was written). A mixture's logits are bit by bit those of",
-        "the model whose experts are replaced by what is left of them after quantisation (`test_experts.py` beside it).",
+        "(`tests/unit/trainer/test_reference.py`; 9e-7 when it was written). A mixture's logits are bit by bit those",
+        "of the model whose experts are replaced by what is left of them after quantisation (`test_experts.py` there).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -49,7 +49,9 @@ def load_adapter(model: Any, values: dict[str, torch.Tensor]) -> None:
             weight.copy_(like(weight, values[name]))
 
 
-def save_adapter(model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder, base: BaseModel) -> None:
+def save_adapter(
+    model: Any, values: dict[str, torch.Tensor], directory: Path, order: TrainOrder, base: BaseModel
+) -> None:
     """Write a PEFT directory of the weights `values`, and beside it what the adapter was trained on."""
     with whole_directory(directory) as partial:
         # PEFT picks the adapter out of a whole model's weights by their names there

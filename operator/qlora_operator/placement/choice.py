@@ -350,7 +350,7 @@ class _Search:
                 yield f"with training.offload {offload}"
                 break
         for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):
-            if more.gpus <= layout.gpus:
+            if more.gpus <= layout.gpus or self._shape.experts:
                 continue
             if any(
                 self._fits(other, sizes[-1], more.gpus, flavour)

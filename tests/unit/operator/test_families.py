@@ -11,6 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from qlora_api.exchange import ModelShape, Recipe
+from qlora_operator.placement.choice import Infeasible, Wishes, choose
+from qlora_operator.placement.flavours import Flavour
 from qlora_operator.planner import Unfit, recipes
 from qlora_operator.sizing.catalogue import catalogue
 from qlora_operator.sizing.config import shape_of_config
@@ -248,6 +250,19 @@ def test_experts_as_targets_are_refused_with_what_to_name_instead():
     assert refused.final
     assert "gate_up_proj are the weights of all experts of a layer together" in refused.message
     assert refused.message.endswith("name linear layers, it has q_proj, k_proj, v_proj, o_proj")
+
+
+def test_a_mixture_that_no_gpu_holds_is_refused_before_one_is_taken():
+    """The loader of weights that GPUs share takes each as it is in the files, and experts are not."""
+    shape, made = catalogue()["deepseek-ai/DeepSeek-V3"].shape, given.recipe(target_modules=["o_proj"])
+    pool = [Flavour("nvidia.com/gpu", "NVIDIA-H200", 140 * 2**30, gpus_per_node=8, nodes=8)]
+    refused = choose(shape, lambda _: [made], pool, wishes=Wishes(max_gpus=64))
+    assert isinstance(refused, Infeasible)
+    assert "models with experts are not shared between GPUs" in refused.message
+    kept = made.model_copy(update={"offload": "parameters"})
+    refused = choose(shape, lambda _: [kept], pool, wishes=Wishes(gpus=8))
+    assert isinstance(refused, Infeasible)
+    assert "set hardware.gpus to 1" in refused.message
 
 
 def test_a_model_that_caps_scores_is_trained_with_written_out_attention():
