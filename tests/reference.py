@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_api.exchange import Recipe, TrainOrder
 from qlora_trainer.data import read_corpus
@@ -30,7 +31,8 @@ class Reference(SFTTrainer):
     """Takes the examples as they come, and writes the loss of each micro-batch down, not rounded."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        examples: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(examples)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -79,6 +81,7 @@ def reference(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)
     # TRL casts the adapter of a 4-bit model to bf16: ours learns in fp32
     for name, weight in model.named_parameters():
         if name in initial:

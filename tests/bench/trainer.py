@@ -158,7 +158,8 @@ def measure_steps() -> Measured:
             trainer.train()
             return theirs.taken()
 
-        run_ours(), run_theirs()  # the first of all makes the optimizers' states
+        run_ours()
+        run_theirs()  # the first of all makes the optimizers' states
         pairs: list[tuple[float, float]] = []
         for number in range(RUNS):  # each begins as often as the other
             if number % 2:
