@@ -150,7 +150,7 @@ def measure_steps() -> Measured:
             progress = Progress()
             work = Work(base.shape, sum(weight.numel() for weight in weights))
             recorder = Recorder([ours], progress, steps=STEPS, steps_per_epoch=STEPS, work=work, device=cpu)
-            checkpoints = Checkpoints(Path(place) / "checkpoints", "sha256:bench", 1)
+            checkpoints = Checkpoints(Path(place) / "checkpoints", order.bound(), 1)
             learn(learning, progress, checkpoints, order, Interruption(), recorder)
             return ours.taken()
 
