@@ -13,18 +13,17 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_api.exchange import Recipe, TrainOrder
-from qlora_trainer.data import read_corpus
 from qlora_trainer.environment import Pod
 from qlora_trainer.model import BaseModel
 from qlora_trainer.optimization import learning_rate, make_optimizer
-from qlora_trainer.sequences import Sequence, Tokenisation, batches, cut
+from qlora_trainer.prepared import open_prepared, prepare
+from qlora_trainer.sequences import Sequence, batches
 
 
 def rows_of(order: TrainOrder, pod: Pod, base: BaseModel) -> list[Sequence]:
-    """What a training without packing learns from, an example a row."""
-    corpus = read_corpus(order.data, pod)
-    tokenise = Tokenisation(base.tokenizer, corpus.format, order.recipe.loss)
-    return cut([tokenise(example) for example in corpus.train], order.recipe.max_length)
+    """What a training learns from, as its loop has it."""
+    rows = open_prepared(prepare(order, pod, base)).train
+    return [rows[number] for number in range(len(rows))]
 
 
 class Reference(SFTTrainer):
