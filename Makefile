@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONPATH := $(CURDIR):$(CURDIR)/crds:$(CURDIR)/operator:$(CURDIR)/trainer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test off-cluster on-cluster check unit cluster e2e soak bench oracle up down generate lock format venv
+.PHONY: help demo test off-cluster on-cluster check unit cluster e2e soak bench bench-trainer oracle up down generate lock format venv
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -50,6 +50,9 @@ soak: $(VENV)/.ready ## What takes too long for `make test`
 
 bench: $(VENV)/.ready ## Measure the operator (on the embedded cluster, and its planning alone) and write docs/benchmarks
 	$(PYTHON) -m tests.bench all
+
+bench-trainer: $(VENV)/.ready ## Measure the trainer on the CPU beside TRL and transformers and write docs/measurements/trainer.md
+	$(PYTHON) -m tests.bench.trainer
 
 oracle: $(VENV)/.ready ## Compare the memory plan with real model code on fake tensors and write docs/measurements/oracle.md
 	$(PYTHON) -m tests.oracle

@@ -28,6 +28,7 @@ STANDING = Standing(
     steps=2,
     epoch=0.5,
     tokens=100,
+    padding=0.02,
     loss=1.0,
     eval_loss=1.0,
     learning_rate=1e-4,

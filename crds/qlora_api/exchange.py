@@ -27,6 +27,8 @@ ORDER_PATH = "/etc/qlora/order.json"
 WORK_MOUNT = "/work"
 #: Scratch space of a pod; inspect has nothing else. The kubelet evicts a pod that takes more, again and again.
 SCRATCH_GIB = 4
+#: A training multiplies with so many routed experts at a time as fit in here when they are dequantised, or with one.
+EXPERTS_AT_ONCE_BYTES = 512 << 20
 CLAIMS_MOUNT = "/claims"
 #: Below it each Secret that the stage needs, a directory of its name with a file per key.
 CREDENTIALS_MOUNT = "/credentials"
@@ -470,6 +472,7 @@ class TrainResult(Document):
     train_loss: float = Field(description="Mean over the last tenth of the steps.")
     eval_loss: float | None = None
     tokens: int = Field(ge=0, description="Tokens seen, padding not counted.")
+    padding_percent: float = Field(default=0, ge=0, le=100, description="Share of padding in what the model was given.")
     tokens_per_second: float = Field(ge=0)
     mfu: float | None = Field(
         default=None,

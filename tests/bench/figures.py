@@ -81,7 +81,7 @@ def result(measured: Measured, setting: Mapping[str, Any]) -> dict[str, Any]:
     return {**setting, "figures": figures, **counted}
 
 
-def rows(results: Results) -> list[tuple[str, ...]]:
+def rows(results: Results, meaning: Mapping[str, str] | None = None) -> list[tuple[str, ...]]:
     """Name, median with unit, every run, target, verdict."""
     return [
         (
@@ -91,15 +91,15 @@ def rows(results: Results) -> list[tuple[str, ...]]:
             figure.get("target", ""),
             figure.get("verdict", ""),
         )
-        for measure in MEANING
+        for measure in meaning or MEANING
         if measure in results
         for figure in results[measure]["figures"]
     ]
 
 
-def table(results: Results) -> str:
+def table(results: Results, meaning: Mapping[str, str] | None = None) -> str:
     """Plain columns."""
-    lines = [HEAD, *rows(results)]
+    lines = [HEAD, *rows(results, meaning)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -121,9 +121,9 @@ def page(results: Results) -> str:
         "for programs. Rates are compared with a bare client's in the same run: the machine's speed is nobody's merit.",
         "Each figure is the median of its runs.",
         "",
-        *_markdown(HEAD, rows(results)),
+        *markdown(HEAD, rows(results)),
         "",
-        *_markdown(("measure", "command", "taken", "machine", "load average before"), taken),
+        *markdown(("measure", "command", "taken", "machine", "load average before"), taken),
         "",
         "## What is measured",
         "",
@@ -134,7 +134,7 @@ def page(results: Results) -> str:
         "From the API server's own counters, until the operator had settled. The Job controller, the scheduler and the",
         "garbage collector are in it too.",
         "",
-        *_markdown(("request", "per job"), [(name, told(value)) for name, value in counted.items()]),
+        *markdown(("request", "per job"), [(name, told(value)) for name, value in counted.items()]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -169,5 +169,6 @@ def told(value: float) -> str:
     return f"{value:.{min(digits, 3)}f}"
 
 
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A table, with its head."""
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]

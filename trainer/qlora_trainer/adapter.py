@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from qlora_api.exchange import Recipe, TrainOrder
 from qlora_trainer.artifacts import copy_file, whole_directory
-from qlora_trainer.model import BaseModel
-from qlora_trainer.quantization import quantized_modules
+from qlora_trainer.experts import quantized_experts
+from qlora_trainer.model import BaseModel, empty_model, stored_parts
+from qlora_trainer.quantization import quantized_modules, stored_pattern
 from qlora_trainer.ranks import like
 from qlora_trainer.weights import TOKENIZER_FILES
 
@@ -75,5 +76,13 @@ def save_adapter(
             "dataDigest": order.data_digest,
             "recipe": order.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
             "quantizedModules": quantized_modules(model.get_base_model()),
+            "quantizedExperts": _stored_experts(model.get_base_model(), base),
         }
         (partial / TRAINING_NAME).write_text(json.dumps(trained_on, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stored_experts(model: Any, base: BaseModel) -> list[str]:
+    """What the files call the experts that are held in 4 bits: those of a layer by one name."""
+    experts = quantized_experts(model)
+    stored = stored_parts(empty_model(base.config), base.weights) if experts else {}
+    return sorted({stored_pattern(name) for parameter in experts for name in stored[parameter]})

@@ -31,9 +31,15 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    pads: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def padding(self) -> float:
+        """Share of pad tokens in what went through the model."""
+        return self.pads / (self.tokens + self.pads) if self.pads else 0.0
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def learn(
             group["lr"] = rate
 
         part_of_loss = torch.zeros((), device=learning.device)
-        stopping = False
+        pads, stopping = 0, False
         try:
             for batch in micro_batches(
                 sequences, order.micro_batch_size, pad=learning.pad, flat=learning.flat, ranks=ranks
@@ -113,6 +113,7 @@ def learn(
                     part = summed_loss(model, batch, learning.device) / loss_tokens
                 scaler.scale(part * averaged_over).backward()
                 part_of_loss += part.detach()
+                pads += batch.pads
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -131,7 +132,7 @@ def learn(
         if not learning.sharded:
             ranks.sum_gradients(weights)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)))
-        (loss,) = ranks.total(float(part_of_loss))
+        loss, all_pads = ranks.total(float(part_of_loss), pads)
         if health.allows(step + 1, loss, norm):
             scaler.step(optimizer)
         scaler.update()
@@ -139,6 +140,7 @@ def learn(
 
         progress.step = step + 1
         progress.tokens += sum(len(sequence.ids) for sequence in sequences)
+        progress.pads += int(all_pads)
         progress.losses.append(loss)
         progress.seconds += time.monotonic() - started
         standing = recorder.stepped(progress, sequences, rate, norm)

@@ -25,7 +25,7 @@ from qlora_trainer.artifacts import directory_bytes, directory_digest, whole_dir
 from qlora_trainer.environment import Pod, log
 from qlora_trainer.failures import BadInput
 from qlora_trainer.inputs import with_inputs
-from qlora_trainer.quantization import dequantised
+from qlora_trainer.quantization import EXPERT_MATRICES, dequantised, stored_pattern
 from qlora_trainer.results import record, recorded
 from qlora_trainer.weights import INDEX_NAME, WEIGHT_SUFFIXES, Weights, read_weights
 
@@ -42,6 +42,8 @@ class Adapter:
     quantized: frozenset[str]
     #: Of a DoRA: the length of each row of base + ΔW.
     magnitudes: dict[str, torch.Tensor]
+    #: Routed experts that were, with `*` for their numbers.
+    experts: frozenset[str]
 
     def delta(self, weight: str) -> torch.Tensor | None:
         """ΔW of the base's `weight`, in fp32."""
@@ -68,7 +70,9 @@ def merge(order: MergeOrder, pod: Pod) -> MergeResult:
     adapter = read_adapter(adapter_dir, order.model_digest)
     source = with_inputs(order, pod).path_of(order.model_uri, "model.uri")
     weights = read_weights(source, order.model_uri)
+    experts = {name for name in weights.tensors if stored_pattern(name) in adapter.experts}
     missing = sorted((set(adapter.factors) | adapter.quantized) - set(weights.tensors))
+    missing += sorted(adapter.experts - {stored_pattern(name) for name in experts})
     if missing:
         raise BadInput(f"model.uri: {order.model_uri} has no {missing[0]}, which the adapter was trained on")
     round_trip = order.recipe.method == "qlora" and order.merge_base == "dequantized"
@@ -83,10 +87,13 @@ def merge(order: MergeOrder, pod: Pod) -> MergeResult:
         for number, file in enumerate(weights.files, start=1):
             merged: dict[str, torch.Tensor] = {}
             for name, weight in _tensors(source / file):
-                quantised = order.recipe if round_trip and name in adapter.quantized else None
-                merged[name], error = merged_weight(
-                    weight, adapter.delta(name), quantised, adapter.magnitudes.get(name)
-                )
+                quantised = order.recipe if round_trip and name in adapter.quantized | experts else None
+                if quantised and weight.dim() == 3:
+                    merged[name], error = merged_experts(name, weight, quantised)
+                else:
+                    merged[name], error = merged_weight(
+                        weight, adapter.delta(name), quantised, adapter.magnitudes.get(name)
+                    )
                 parity = max(parity, error)
             save_file(merged, partial / file, metadata={"format": "pt"})
             log.info("shard %d of %d written, %d tensors", number, len(weights.files), len(merged))
@@ -127,6 +134,18 @@ def merged_weight(
     return written, float((written.float() - exact).abs().max()) / largest if largest else 0.0
 
 
+def merged_experts(name: str, weight: torch.Tensor, quantised: Recipe) -> tuple[torch.Tensor, float]:
+    """The same of all experts of a layer that are one tensor: matrix by matrix, as the training quantised them."""
+    matrices = EXPERT_MATRICES[name.rpartition(".")[2]]
+    done, parity = torch.empty_like(weight), 0.0
+    for expert, target in zip(weight, done, strict=True):
+        for matrix, place in zip(expert.chunk(matrices), target.chunk(matrices), strict=True):
+            written, error = merged_weight(matrix, None, quantised)
+            place.copy_(written)
+            parity = max(parity, error)
+    return done, parity
+
+
 def read_adapter(directory: Path, model_digest: str) -> Adapter:
     """The adapter that the train stage wrote. Raises BadInput when it was trained on another model.
 
@@ -154,7 +173,8 @@ def read_adapter(directory: Path, model_digest: str) -> Adapter:
         elif not name.endswith(".lora_B.weight"):
             raise ValueError(f"adapter_model.safetensors: {name} is no LoRA factor")
     quantized = frozenset(f"{module}.weight" for module in trained_on["quantizedModules"])
-    return Adapter(factors, scale, quantized, magnitudes)
+    experts = frozenset(trained_on.get("quantizedExperts", ()))
+    return Adapter(factors, scale, quantized, magnitudes, experts)
 
 
 def copy_beside(source: Path, target: Path, weights: Weights) -> None:

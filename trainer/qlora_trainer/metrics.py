@@ -29,6 +29,8 @@ GAUGES: tuple[tuple[str, str, Callable[[Standing], float | None]], ...] = (
     ("qlora_train_epoch", "Passes over the training data done, over all attempts.", lambda now: now.epoch),
     ("qlora_tokens_per_second", "Tokens learned from per second, mean of the last minute's steps, padding not counted.",
      lambda now: now.tokens_per_second),
+    ("qlora_padding_ratio", "Share of pad tokens in what went through the model, over all attempts, 0 to 1.",
+     lambda now: now.padding),
     ("qlora_mfu_ratio", "Model FLOPs utilisation, mean of the last minute's steps, 0 to 1; absent where the device's "
      "peak is not known.", lambda now: now.mfu),
 )  # fmt: skip

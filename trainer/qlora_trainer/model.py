@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.exchange import ExpertWeights, LinearModule, ModelShape
+from qlora_trainer.experts import packable_experts
 from qlora_trainer.failures import BadInput
 from qlora_trainer.weights import TensorEntry, Weights, model_digest, read_weights
 
@@ -153,14 +154,19 @@ def _files_of(model: Any, weights: Weights) -> dict[str, list[TensorEntry]]:
 
     The experts of a mixture are a tensor each in the files and one tensor for all in the model.
     """
+    return {name: [weights.tensors[stored] for stored in parts] for name, parts in stored_parts(model, weights).items()}
+
+
+def stored_parts(model: Any, weights: Weights) -> dict[str, list[str]]:
+    """By what the model calls a parameter, the names of what the files hold of it."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     joined = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    files: dict[str, list[TensorEntry]] = {}
-    for stored, entry in weights.tensors.items():
+    names: dict[str, list[str]] = {}
+    for stored in weights.tensors:
         name, _ = rename_source_key(stored, renamings, joined)
-        files.setdefault(name, []).append(entry)
-    return files
+        names.setdefault(name, []).append(stored)
+    return names
 
 
 def stored_names(model: Any, weights: Weights) -> dict[str, str]:
@@ -237,6 +243,7 @@ def shape_of(model: Any, weights: Weights, tokenizer: Any) -> ModelShape:
         sliding_window=_window(config),
         experts=experts,
         experts_per_token=_experts_per_token(config, experts),
+        experts_quantized=bool(experts) and packable_experts(model),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes.functional as bnb
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # has no gradient: training after the first evaluation then learns from nothing. 50 steps ended at 3.07 instead of 2.74.
 bnb_modules.has_avx512bf16 = lambda: False  # pyright: ignore[reportPrivateImportUsage]
 
+#: Matrices of one expert in the tensors that hold all of a layer's, by their names: each is quantised by itself.
+EXPERT_MATRICES = {"gate_up_proj": 2, "down_proj": 1}
 #: Blocks of 64 weights share a scale: bitsandbytes' and transformers' fixed choice (QLoRA, section 3).
 BLOCK_SIZE = 64
 
@@ -29,10 +32,13 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # the merge does without transformers
 
+    from qlora_trainer.experts import PACKED, PackedExpertsConfig
+
     dtype = getattr(torch, recipe.compute_dtype)
+    packs = recipe.method == "qlora" and base.shape.experts_quantized
     quantization = None
     if recipe.method == "qlora":
-        quantization = BitsAndBytesConfig(
+        quantization = (PackedExpertsConfig if packs else BitsAndBytesConfig)(
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.quant_type,
             bnb_4bit_use_double_quant=recipe.double_quant,
@@ -56,6 +62,8 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
                 "eager"
             ) from error
         raise
+    if packs:
+        model.set_experts_implementation(PACKED)
     model.requires_grad_(False)
     return model
 
@@ -66,13 +74,21 @@ def quantized_modules(model: Any) -> list[str]:
     return sorted(name.removesuffix(".base_layer") for name in found)
 
 
+def stored_pattern(name: str) -> str:
+    """The name of a tensor in the files, with `*` for the number of an expert."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+
+
 def dequantised(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """What is left of `weight` after the quantisation it was trained under, in fp32.
 
     The training loads weights in the compute type and quantises those; so does this.
     """
     loaded = weight.to(getattr(torch, recipe.compute_dtype))
+    # bitsandbytes 0.50.2 takes wrong scales on the CPU where blocks do not end with rows (by up to 9 times the error of
+    # NF4 itself, measured), but not on GPUs: a row per block gives what a GPU trained on
+    rows = loaded.reshape(-1, BLOCK_SIZE) if loaded.numel() % BLOCK_SIZE == 0 else loaded
     packed, state = bnb.quantize_4bit(
-        loaded, blocksize=BLOCK_SIZE, compress_statistics=recipe.double_quant, quant_type=recipe.quant_type
+        rows, blocksize=BLOCK_SIZE, compress_statistics=recipe.double_quant, quant_type=recipe.quant_type
     )
-    return bnb.dequantize_4bit(packed, state).float()
+    return bnb.dequantize_4bit(packed, state).float().reshape(weight.shape)

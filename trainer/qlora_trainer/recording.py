@@ -77,6 +77,7 @@ class Recorder:
                 step=progress.step,
                 epoch=progress.step / self._steps_per_epoch,
                 tokens=progress.tokens,
+                padding=progress.padding,
                 loss=progress.losses[-1],
                 learning_rate=rate,
                 grad_norm=norm,

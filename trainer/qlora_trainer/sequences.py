@@ -333,6 +333,11 @@ class Batch:
     labels: torch.Tensor
     tokens: int
 
+    @property
+    def pads(self) -> int:
+        """Tokens that only fill rows up to the longest."""
+        return self.ids.numel() - self.tokens
+
 
 def collate(sequences: list[Sequence], *, pad: int, flat: bool = False) -> Batch:
     """Rows of equal length, or all in one row (`flat`, for attention kernels that take sequences of any length).

@@ -17,6 +17,7 @@ class Standing:
     steps: int
     epoch: float
     tokens: int  # over all attempts, padding not counted
+    padding: float | None = None  # share of pad tokens in what went through the model, over all attempts
     loss: float | None = None
     eval_loss: float | None = None
     learning_rate: float | None = None

@@ -161,6 +161,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         train_loss=sum(tail) / len(tail) if tail else progress.losses[0],
         eval_loss=progress.eval_losses[-1][1] if progress.eval_losses else None,
         tokens=progress.tokens,
+        padding_percent=round(100 * progress.padding, 1),
         tokens_per_second=round(progress.tokens / progress.seconds, 1) if progress.seconds else 0,
         mfu=None if recorder.mfu is None else round(recorder.mfu, 4),
         seconds=round(progress.seconds, 1),

@@ -264,6 +264,8 @@ class _Search:
             return [(rank, recipe, 1) for rank, recipe in enumerate(self._recipes(1))]
         whole = [(rank, recipe, 1) for rank, recipe in enumerate(self._recipes(1)) if recipe.offload != "parameters"]
         shared = [(rank, recipe, layout.gpus) for rank, recipe in enumerate(self._recipes(layout.gpus))]
+        if self._shape.experts:  # the loader of shared weights takes each as it is in the files
+            shared = []
         return sorted([*whole, *shared], key=lambda way: (way[0], way[2]))
 
     def best_on(self, flavour: Flavour) -> _Option | None:
@@ -291,6 +293,8 @@ class _Search:
         if not possible:
             return self._no_layout(flavour)
         tried = [(layout, recipe, share) for layout in possible for _, recipe, share in self._ways(layout)]
+        if not tried:
+            return "models with experts are not shared between GPUs: set hardware.gpus to 1, or leave offload out"
         able = [way for way in tried if micro_batches(way[1], wishes.micro_batch_size, way[0].gpus)]
         if not able:
             effective = tried[0][1].effective_batch_size
@@ -307,7 +311,9 @@ class _Search:
             f"{flavour.memory_bytes / GIB:.1f} GiB ×{layout.gpus}: {recipe.method} at micro-batch {size} × "
             f"{recipe.max_length} tokens needs {need / GIB:.1f} GiB, short by {short / GIB:.1f} GiB"
         )
-        if layout.gpus > 1 == share:
+        if layout.gpus > 1 == share and self._shape.experts:
+            sentence += "; models with experts are not shared between GPUs"
+        elif layout.gpus > 1 == share:
             sentence += f"; weights that {layout.gpus} GPUs share the optimizer {recipe.optimizer} cannot step"
         cures = list(self._cures(flavour, layout, recipe, size, share))
         return f"{sentence}; fits {' or '.join(cures)}" if cures else sentence
@@ -328,7 +334,7 @@ class _Search:
         """Changes that a user can make, each tried alone."""
         wishes = self._wishes
         shared = self._with(recipe, "optimizer", SHARED_OPTIMIZER)
-        if layout.gpus > 1 == share and self._fits(shared, size, layout.gpus, flavour):
+        if layout.gpus > 1 == share and not self._shape.experts and self._fits(shared, size, layout.gpus, flavour):
             yield f"with training.optimizer {SHARED_OPTIMIZER}"
         if wishes.micro_batch_size and self._fits(recipe, 1, share, flavour) and size > 1:
             yield "with training.microBatchSize 1"
@@ -344,7 +350,7 @@ class _Search:
                 yield f"with training.offload {offload}"
                 break
         for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):
-            if more.gpus <= layout.gpus:
+            if more.gpus <= layout.gpus or self._shape.experts:
                 continue
             if any(
                 self._fits(other, sizes[-1], more.gpus, flavour)

@@ -32,6 +32,13 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
     """The recipes that the spec allows for a model, the preferred one first: LoRA where it fits, else QLoRA."""
     known = list(dict.fromkeys(m.name for m in shape.linear))
     targets = list(spec.lora.target_modules or adapted_by_default(shape))
+    if experts := sorted({weights.name for weights in shape.experts} & set(targets) - set(known)):
+        return Unfit(
+            "ExpertsNotAdapted",
+            f"spec.lora.targetModules: {', '.join(experts)} are the weights of all experts of a layer together, which "
+            f"get no adapter: name linear layers, it has {', '.join(known)}",
+            final=True,
+        )
     if unknown := sorted(set(targets) - set(known)):
         return Unfit(
             "UnknownTargetModules",

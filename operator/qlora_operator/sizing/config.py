@@ -133,6 +133,7 @@ def shape_of_config(config: object) -> ModelShape:
         sliding_window=_window(given, family),
         experts=experts,
         experts_per_token=given.number("num_experts_per_tok") if experts else 0,
+        experts_quantized=bool(experts),
     )
 
 

@@ -144,6 +144,7 @@ def _unknown(tensors: Mapping[str, Stored], config: Mapping[str, Any]) -> ModelS
             for (name, number, inner, outer), count in sorted(Counter(fused).items())
         ],
         experts_per_token=(config.get("num_experts_per_tok") or fused[0][1]) if fused else 0,
+        experts_quantized=_packable(fused, blocks, hidden),
     )
 
 
@@ -180,6 +181,16 @@ def _joined(experts: Mapping[tuple[str, str], list[Stored]], hidden: int) -> lis
             kinds.append((name, len(leaving[0][1]), hidden, outer))
         kinds += [("down_proj", len(found), found[0].shape[1], found[0].shape[0]) for _, found in coming]
     return kinds
+
+
+def _packable(fused: list[tuple[str, int, int, int]], blocks: Mapping[str, Stored], hidden: int) -> bool:
+    """Whether the trainer holds such experts in 4 bits: with a gate, without biases, and no tensor turned round."""
+    plain = all(
+        len(tensor.shape) == 3 and tensor.shape[1 if "down" in name else 2] == hidden
+        for name, tensor in blocks.items()
+        if "experts." in name and not _EXPERT.match(name)
+    )
+    return plain and {name for name, *_ in fused} == {"gate_up_proj", "down_proj"}
 
 
 def _fused(name: str, shape: tuple[int, ...], hidden: int) -> tuple[str, int, int, int]:

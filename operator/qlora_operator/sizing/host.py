@@ -67,10 +67,11 @@ def _trained(shape: ModelShape, recipe: Recipe) -> int:
 
 
 def _largest_part(training: Training) -> int:
-    """A layer, or the embedding, in the compute type: what is quantised and shared out next."""
+    """A layer, its experts or the embedding, in the compute type: what is quantised and shared out next."""
     decoder = training.decoder
     layer = decoder.linear_weights + decoder.other_weights
-    return max(layer, decoder.embedding_weights) * training.compute_bytes
+    experts = decoder.experts.number * decoder.experts.up.weights if decoder.experts else 0
+    return max(layer, experts, decoder.embedding_weights) * training.compute_bytes
 
 
 def _frozen_bytes(shape: ModelShape, training: Training) -> int:

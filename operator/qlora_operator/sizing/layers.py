@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qlora_api.exchange import EXPERTS_AT_ONCE_BYTES
 from qlora_operator.sizing.tensors import Into, Storage, Tape, Tensor, Trace
 from qlora_operator.sizing.training import Experts, Latent, Linear, Training
 
@@ -371,7 +372,8 @@ class Layers:
     def _mixture(self, tape: Tape, x: Tensor, experts: Experts) -> Tensor:
         """Each token's experts: rows sorted by expert, two products over all experts, weighted and put back in order.
 
-        transformers' `grouped_mm`. A token counts once for each of its experts; how they are spread does not matter.
+        transformers' `grouped_mm`; for experts in 4 bits the trainer's own, which has less in hand. A token counts once
+        for each of its experts; how they are spread does not matter.
         """
         tokens, itemsize, hidden = self.training.tokens, x.itemsize, self.training.decoder.hidden_size
         pairs = tokens * experts.per_token
@@ -384,6 +386,8 @@ class Layers:
         picked = tape.op(MLP, rows, itemsize, [into], saves=[order])  # in hand until the end
         inner = pairs * experts.down.inputs
         active = self._of_experts(tape, picked, experts.up, experts)
+        if self._packed(experts):
+            picked = None
         gated = experts.up.outputs == 2 * experts.down.inputs
         gate, up = tape.split(MLP, active, [inner, inner]) if gated else (active, None)
         active = self._active(tape, gate)
@@ -406,13 +410,20 @@ class Layers:
         return self.cast(tape, total, itemsize, MLP)
 
     def _of_experts(self, tape: Tape, x: Tensor, linear: Linear, experts: Experts) -> Tensor:
-        """A product with the weights of all experts; those of 4 bits are dequantised together."""
+        """A product with the weights of all experts; those of 4 bits are dequantised some at a time, scales first."""
         training = self.training
         pairs = training.tokens * experts.per_token
-        packed = training.method == "qlora" and experts.quantized
-        unpacked = experts.number * linear.weights * training.compute_bytes if packed else 0
-        into = Into(x.key, pairs * linear.inputs * x.itemsize, scratch=(unpacked,) if unpacked else ())
-        return tape.op(MLP, pairs * linear.outputs, x.itemsize, [into], scratch=unpacked)
+        size = pairs * linear.inputs * x.itemsize
+        if not self._packed(experts):
+            return tape.op(MLP, pairs * linear.outputs, x.itemsize, [Into(x.key, size)])
+        one = linear.weights * training.compute_bytes
+        weights = min(experts.number, max(1, EXPERTS_AT_ONCE_BYTES // one)) * linear.weights
+        unpacked, scales = weights * training.compute_bytes, 4 * weights // 64 if training.double_quant else 0
+        into = Into(x.key, size, scratch=(unpacked, scales))
+        return tape.op(MLP, pairs * linear.outputs, x.itemsize, [into], scratch=unpacked + scales)
+
+    def _packed(self, experts: Experts) -> bool:
+        return self.training.method == "qlora" and experts.quantized
 
     def _beside(self, tape: Tape, x: Tensor) -> Tensor:
         """Layers whose role is not known: each works on `x`, and the output waits for its gradient."""

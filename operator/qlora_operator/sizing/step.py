@@ -109,7 +109,7 @@ class Rank:
         training, experts = self.training, self.training.decoder.experts
         if not experts:
             return []
-        loaded = []
+        loaded: list[Storage] = []
         packed = training.method == "qlora" and experts.quantized
         purpose = EXPERTS if training.method == "qlora" and not packed else WEIGHTS
         for linear in (experts.up, experts.down) * experts.layers:
@@ -117,7 +117,9 @@ class Rank:
             held = size // 2 if packed else size * training.compute_bytes
             loaded.append(self.trace.new(held // training.gpus, purpose))
             if packed:
-                loaded += [self.trace.new(experts.number * scale, SCALES) for scale in self.scale_bytes(linear)]
+                *scales, table = self.scale_bytes(linear)
+                loaded += [self.trace.new(experts.number * scale, SCALES) for scale in scales]
+                loaded.append(self.trace.new(table, SCALES))
         return loaded
 
     def scale_bytes(self, linear: Linear) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from qlora_api.exchange import ModelShape, Recipe
+from qlora_operator.placement.choice import Infeasible, Wishes, choose
+from qlora_operator.placement.flavours import Flavour
 from qlora_operator.planner import Unfit, recipes
 from qlora_operator.sizing.catalogue import catalogue
 from qlora_operator.sizing.config import shape_of_config
@@ -115,6 +117,7 @@ def test_weights_in_memory_are_the_weights_of_the_model(family: str, method: str
     shape = catalogue()[LARGEST[family]].shape
     found = items(shape, given.recipe(method=method, target_modules=["o_proj", "dense"]))
     linear = sum(module.in_features * module.out_features * module.count for module in shape.linear)
+    linear += sum(kind.weights for kind in shape.experts)
     expected = 2 * (shape.parameters - linear) + (linear / 2 if method == "qlora" else 2 * linear)
     held = sum(found.get(name, 0) for name in ("base weights", "experts, not in 4 bits", "embeddings, head and norms"))
     assert held == pytest.approx(expected, rel=1e-4)
@@ -191,12 +194,22 @@ def test_experts_stay_in_sixteen_bits_unless_loading_reaches_them(repository: st
     weights = sum(kind.weights for kind in shape.experts)
     assert weights > 0.9 * shape.parameters
     recipe = given.recipe(target_modules=["o_proj"])
-    today, then = items(shape, recipe), items(shape.model_copy(update={"experts_quantized": True}), recipe)
-    assert today["experts, not in 4 bits"] == 2 * weights
-    assert "experts, not in 4 bits" not in then
-    assert then["base weights"] - today["base weights"] == pytest.approx(weights / 2)
-    assert then["quantisation scales"] > 10 * today["quantisation scales"]
+    packed, wide = items(shape, recipe), items(shape.model_copy(update={"experts_quantized": False}), recipe)
+    assert wide["experts, not in 4 bits"] == 2 * weights
+    assert "experts, not in 4 bits" not in packed
+    assert packed["base weights"] - wide["base weights"] == pytest.approx(weights / 2)
+    assert packed["quantisation scales"] - wide["quantisation scales"] == pytest.approx(weights / 64, rel=0.03)
     assert "experts, not in 4 bits" not in items(shape, given.recipe(method="lora", target_modules=["o_proj"]))
+
+
+@pytest.mark.parametrize("repository", MIXTURES)
+def test_experts_in_four_bits_are_unpacked_some_at_a_time(repository: str):
+    """Not a whole layer's: half a GiB, or one that is larger, and their scales in fp32."""
+    shape = catalogue()[repository].shape.model_copy(update={"vocab_size": 1000})  # else logits are the peak
+    held = items(shape, given.recipe(target_modules=["o_proj"], max_length=1))["MLP"]
+    one = 2 * max(kind.weights // kind.experts // kind.count for kind in shape.experts)
+    whole = 2 * max(kind.weights // kind.count for kind in shape.experts)
+    assert one < held < min(whole, 512 << 20) * (1 + 1 / 32) + 2**20
 
 
 @pytest.mark.parametrize("repository", MIXTURES)
@@ -231,6 +244,27 @@ def test_the_plan_adapts_a_mixtures_attention_and_what_is_asked_for():
         assert [recipe.target_modules for recipe in found] == [targets, targets]
 
 
+def test_experts_as_targets_are_refused_with_what_to_name_instead():
+    refused = planned("mistralai/Mixtral-8x7B-v0.1", {"lora.targetModules": ["gate_up_proj", "q_proj"]})
+    assert isinstance(refused, Unfit)
+    assert refused.final
+    assert "gate_up_proj are the weights of all experts of a layer together" in refused.message
+    assert refused.message.endswith("name linear layers, it has q_proj, k_proj, v_proj, o_proj")
+
+
+def test_a_mixture_that_no_gpu_holds_is_refused_before_one_is_taken():
+    """The loader of weights that GPUs share takes each as it is in the files, and experts are not."""
+    shape, made = catalogue()["deepseek-ai/DeepSeek-V3"].shape, given.recipe(target_modules=["o_proj"])
+    pool = [Flavour("nvidia.com/gpu", "NVIDIA-H200", 140 * 2**30, gpus_per_node=8, nodes=8)]
+    refused = choose(shape, lambda _: [made], pool, wishes=Wishes(max_gpus=64))
+    assert isinstance(refused, Infeasible)
+    assert "models with experts are not shared between GPUs" in refused.message
+    kept = made.model_copy(update={"offload": "parameters"})
+    refused = choose(shape, lambda _: [kept], pool, wishes=Wishes(gpus=8))
+    assert isinstance(refused, Infeasible)
+    assert "set hardware.gpus to 1" in refused.message
+
+
 def test_a_model_that_caps_scores_is_trained_with_written_out_attention():
     found = planned("google/gemma-2-9b")
     assert not isinstance(found, Unfit)
@@ -245,11 +279,13 @@ def test_a_model_that_caps_scores_is_trained_with_written_out_attention():
 
 
 def test_the_plan_says_what_four_bits_do_not_reach():
-    shape = catalogue()["mistralai/Mixtral-8x22B-v0.1"].shape
+    known = catalogue()["mistralai/Mixtral-8x22B-v0.1"].shape
+    shape = known.model_copy(update={"experts_quantized": False})
     (note,) = training_memory(shape, given.recipe(target_modules=["o_proj"]), micro_batch_size=1).notes
     assert note == "4 bits do not reach the experts, 96 % of the weights: they stay in bfloat16"
     for quiet in (
         training_memory(shape, given.recipe(method="lora", target_modules=["o_proj"]), micro_batch_size=1),
+        training_memory(known, given.recipe(target_modules=["o_proj"]), micro_batch_size=1),
         training_memory(catalogue()["Qwen/Qwen3-8B"].shape, given.recipe(), micro_batch_size=1),
     ):
         assert quiet.notes == ()

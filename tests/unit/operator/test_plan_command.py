@@ -27,6 +27,7 @@ from qlora_operator.placement.inventory import Inventory
 from qlora_operator.placement.products import products
 from tests.unit.operator import given
 from tests.unit.operator.jobs_in_cluster import FILES, MODEL, planned
+from tests.unit.operator.test_directory import MIXTURE, mixture_tensors, write_model
 from tests.unit.operator.test_watch import Kubectl
 
 NODES = str(FILES / "nodes.yaml")
@@ -239,11 +240,12 @@ def test_dates_in_annotations_stay_text(tmp_path: Path):
 
 
 def test_what_the_sizing_says_of_its_figures_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    said = "note: 4 bits do not reach the experts, 97 % of the weights: they stay in bfloat16"
-    path = written(tmp_path, manifest({"model.uri": "hf://mistralai/Mixtral-8x7B-v0.1", "method": "qlora"}))
-    assert main(["plan", "-f", path, "--gpus", "H200"]) == 0
+    said = "note: 4 bits do not reach the experts, 68 % of the weights: they stay in bfloat16"
+    write_model(tmp_path, MIXTURE, mixture_tensors(fused=True, turned=True))
+    path = written(tmp_path, manifest({"method": "qlora", "dataset.maxLength": 128}))
+    assert main(["plan", "-f", path, "--model", str(tmp_path), "--gpus", "H200"]) == 0
     assert said in capsys.readouterr().out.splitlines()
-    assert main(["estimate", "Mixtral-8x7B-v0.1", "--method", "qlora"]) == 0
+    assert main(["estimate", str(tmp_path), "--seq-len", "128", "--method", "qlora"]) == 0
     assert said in capsys.readouterr().out.splitlines()
 
 

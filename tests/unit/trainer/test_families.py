@@ -19,6 +19,7 @@ from qlora_operator.sizing.memory import training_memory
 from qlora_operator.sizing.training import adapted_by_default
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.evaluation import summed_loss
+from qlora_trainer.experts import quantized_experts
 from qlora_trainer.failures import BadInput
 from qlora_trainer.flops import Work
 from qlora_trainer.inspection import inspect
@@ -100,14 +101,15 @@ MIXTURES = ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_mixture_is_loaded_as_it_is_sized(place: Place, name: str) -> None:
-    """4 bits reach every linear layer that is counted as such, and no expert."""
+    """4 bits reach every linear layer and every expert that is counted as such."""
     base = open_base(replace_model(place, CONFIGS[name]), "pvc://base/model")
-    assert not base.shape.experts_quantized
+    assert base.shape.experts_quantized
     model = load_for_training(base, recipe_of(compute_dtype="bfloat16"), torch.device("cpu"))
     assert len(quantized_modules(model)) == sum(module.count for module in base.shape.linear)
-    fused = [weight for key, weight in model.named_parameters() if ".experts." in key]
-    assert {weight.dtype for weight in fused} == {torch.bfloat16}
-    assert sum(weight.numel() for weight in fused) == sum(kind.weights for kind in base.shape.experts)
+    assert len(quantized_experts(model)) == sum(kind.count for kind in base.shape.experts)
+    packed = [model.get_parameter(key) for key in quantized_experts(model)]
+    assert {weight.dtype for weight in packed} == {torch.uint8}
+    assert sum(weight.numel() for weight in packed) == sum(kind.weights for kind in base.shape.experts) / 2
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

@@ -30,6 +30,7 @@ HOST = "127.0.0.1"
 ON_EVERY_DEVICE = {
     "qlora_train_loss", "qlora_eval_loss", "qlora_learning_rate", "qlora_grad_norm", "qlora_train_step",
     "qlora_train_steps", "qlora_train_epoch", "qlora_tokens_total", "qlora_tokens_per_second",
+    "qlora_padding_ratio",
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def metrics() -> Iterator[Scraped]:
 def on_a_gpu() -> Standing:
     return Standing(
         at=datetime.now(UTC), step=7, steps=9, epoch=0.5, tokens=12345, loss=0.5, eval_loss=0.6, learning_rate=1e-4,
-        grad_norm=1.5, tokens_per_second=99.5, mfu=0.41, remaining_seconds=4.0,
+        grad_norm=1.5, tokens_per_second=99.5, padding=0.02, mfu=0.41, remaining_seconds=4.0,
         gpu_memory_bytes={"allocated": 1 << 30, "reserved": 2 << 30, "reserved_peak": 3 << 30},
     )  # fmt: skip
 
