@@ -30,7 +30,7 @@ from qlora_api.exchange import (
     succeeded,
 )
 from qlora_trainer.environment import Pod, log, prepare_process
-from qlora_trainer.failures import StageError, describe
+from qlora_trainer.failures import GateFailed, StageError, describe
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.metrics import Metrics
 from qlora_trainer.reporting import Reporter, Server
@@ -98,7 +98,8 @@ def main() -> int:
         code, message = describe(error, order)
         unforeseen = code == 1 and not isinstance(error, StageError)
         log.error("%s", message, exc_info=error if unforeseen or log.isEnabledFor(logging.DEBUG) else None)
-        _tell(report_path, code, failed(order, message).fitted() if order else _without_order(message))
+        result = error.result if isinstance(error, GateFailed) else None
+        _tell(report_path, code, failed(order, message, result).fitted() if order else _without_order(message))
         return code
     finally:
         if watchdog:

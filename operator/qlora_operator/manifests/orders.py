@@ -11,8 +11,11 @@ from qlora_api.exchange import (
     WORK_MOUNT,
     DataOrder,
     DataSource,
+    EvaluationOrder,
+    GateOrder,
     Inspection,
     InspectOrder,
+    JudgeOrder,
     MergeOrder,
     Order,
     PublishOrder,
@@ -69,6 +72,7 @@ def _inspect(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
         max_length=dataset.max_length,
         packing=dataset.packing,
         loss=dataset.loss,
+        answer_schema=job.spec.evaluation.answer_schema,
         **_output_store(job),
     )
 
@@ -92,6 +96,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
         cpu_allowed=settings.cpu_allowed,
         checkpoint_every_seconds=duration_seconds(job.spec.checkpoint.every),
         checkpoint_keep=job.spec.checkpoint.keep,
+        evaluation=_evaluation(job),
     )
 
 
@@ -141,13 +146,27 @@ _ORDERS: dict[Stage, Callable[[Job, Task, Settings, dict[str, Any]], Order]] = {
 
 def _data(job: Job) -> DataOrder:
     dataset = job.spec.dataset
-    golden = job.spec.evaluation.golden
+    golden, canary = job.spec.evaluation.golden, job.spec.evaluation.canary
     return DataOrder(
         train=[_source(source).model_copy(update={"weight": source.weight}) for source in dataset.train],
         eval=_source(dataset.eval) if dataset.eval else None,
         eval_fraction=dataset.eval_fraction,
         golden=_source(golden) if golden else None,
+        canary=_source(canary) if canary else None,
         log_samples=dataset.log_samples,
+    )
+
+
+def _evaluation(job: Job) -> EvaluationOrder:
+    asked = job.spec.evaluation
+    judge = asked.judge and JudgeOrder(
+        endpoint=asked.judge.endpoint, model=asked.judge.model, secret=_secret(asked.judge.credentials_secret_ref)
+    )
+    return EvaluationOrder(
+        metrics=list(asked.metrics),
+        answer_schema=asked.answer_schema,
+        gates=[GateOrder(**gate.model_dump()) for gate in asked.gates or ()],
+        judge=judge,
     )
 
 
