@@ -109,11 +109,11 @@ def run(chosen: argparse.Namespace) -> int:
         raise BadInput(f"{first} is named twice: name two jobs")
     found = kubectl.get(chosen, f"{PLURAL}.{GROUP}", first, second).get("items", [])
     by_name = {document["metadata"]["name"]: document for document in found}
-    both = [read(by_name[name]) for name in (first, second)]
+    one, other = read(by_name[first]), read(by_name[second])
     if chosen.output:
-        sys.stdout.write(as_text(as_document(*both), chosen.output))
+        sys.stdout.write(as_text(as_document(one, other), chosen.output))
     else:
-        show(*both, Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH))
+        show(one, other, Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH))
     return 0
 
 

@@ -17,12 +17,15 @@ from qlora_api.exchange import DataSource, EvaluationOrder, ExitCode, GateOrder,
 from qlora_trainer import examination, training
 from qlora_trainer.artifacts import directory_digest
 from qlora_trainer.checkpoint import Progress
+from qlora_trainer.data import parse_line
 from qlora_trainer.environment import Pod
-from qlora_trainer.examination import Sample
+from qlora_trainer.examination import SLICE, KnownAnswers, Sample
 from qlora_trainer.failures import GateFailed, Interrupted, describe
 from qlora_trainer.inspection import inspect
+from qlora_trainer.model import open_base
 from qlora_trainer.report_page import page, write_report
 from qlora_trainer.selection import Selection
+from qlora_trainer.sequences import NO_LOSS
 from qlora_trainer.training import train
 
 from .conftest import THINGS, Place, chat, examples, recipe_of, write_jsonl
@@ -106,6 +109,18 @@ def test_the_best_by_a_golden_metric_leaves(place: Place, monkeypatch: pytest.Mo
     assert result.selected_step == looks[1]["step"] == 4
     assert len(asked) == len(looks) + 2
     assert not result.stopped_early
+
+
+def test_the_same_few_examples_are_looked_at_wherever_they_stand(place: Place) -> None:
+    tokenizer = open_base(place.claims / "base" / "model", "x").tokenizer
+    rows = [parse_line(json.dumps(example).encode(), None)[0] for example in examples()]
+    known, turned = (KnownAnswers.of("", each, tokenizer, 128) for each in (rows, rows[::-1]))
+    few = known.slice(tokenizer, 128)
+    assert len(rows) > len(few.examples) == len(few.rows) == SLICE
+    assert few.examples == turned.slice(tokenizer, 128).examples
+    row = KnownAnswers.of("", rows[:1], tokenizer, 128).rows[0]
+    carrying = [token for token, label in zip(row.ids, row.labels, strict=True) if label != NO_LOSS]
+    assert tokenizer.decode(carrying).strip() == "bird<|end|>", "the answer and its end, nothing of the question"
 
 
 def selection(place: Place, progress: Progress, *, binding: str = "sha256:1", patience: int | None = 1) -> Selection:
