@@ -332,7 +332,8 @@ class Evaluation(SpecPart):
             "a gate on judge needs evaluation.judge",
         ),
         Rule(
-            "has(self.answerSchema) || (!self.metrics.exists(name, name == 'jsonSchema')"
+            # a default is judged as it is written, before the defaults within it are filled
+            "has(self.answerSchema) || ((!has(self.metrics) || !self.metrics.exists(name, name == 'jsonSchema'))"
             " && (!has(self.gates) || self.gates.all(gate, gate.metric != 'jsonSchema')))",
             lambda evaluation: (
                 evaluation.answer_schema is not None or "jsonSchema" not in {*evaluation.metrics, *_gated(evaluation)}
