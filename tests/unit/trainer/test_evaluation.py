@@ -17,10 +17,10 @@ from qlora_api.exchange import DataSource, EvaluationOrder, ExitCode, GateOrder,
 from qlora_trainer import examination, training
 from qlora_trainer.artifacts import directory_digest
 from qlora_trainer.checkpoint import Progress
-from qlora_trainer.data import parse_line
 from qlora_trainer.environment import Pod
 from qlora_trainer.examination import SLICE, KnownAnswers, Sample
 from qlora_trainer.failures import GateFailed, Interrupted, describe
+from qlora_trainer.formats import parse_line
 from qlora_trainer.inspection import inspect
 from qlora_trainer.model import open_base
 from qlora_trainer.report_page import page, write_report

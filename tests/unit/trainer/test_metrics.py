@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -186,6 +187,7 @@ def test_what_takes_long_shows_that_it_goes_on(place: Place) -> None:
 
     def told_at_the_end(**data: Any) -> int:
         kept = Kept()
+        shutil.rmtree(place.work, ignore_errors=True)
         train(place.train_order(place.data(**data), {"max_steps": 1}), replace(place.pod, watchers=(kept,)))
         assert all(sooner.at <= later.at for sooner, later in pairwise(kept.seen))
         return sum(standing.step == 1 for standing in kept.seen)
