@@ -12,7 +12,7 @@ import torch
 from qlora_api.exchange import EvaluationOrder, Score
 from qlora_trainer.environment import log
 from qlora_trainer.evaluation import Alive, answers, mean_loss
-from qlora_trainer.formats import Example
+from qlora_trainer.formats import Example, Kind
 from qlora_trainer.judging import Judge, JudgeUnusable, Question
 from qlora_trainer.ranks import ALONE, Ranks
 from qlora_trainer.scores import CANARY, mean, of_answers, perplexity
@@ -38,7 +38,7 @@ class KnownAnswers:
     @classmethod
     def of(cls, prefix: str, examples: list[Example], tokenizer: Any, max_length: int) -> KnownAnswers:
         """`examples` cut as those of the training are, for the memory that was planned."""
-        kinds = {example.format for example in examples}
+        kinds: set[Kind] = {example.format for example in examples}
         tokenise = {kind: Tokenisation(tokenizer, {kind}, "all" if kind == "text" else "completion") for kind in kinds}
         rows = (cut(tokenise[example.format](example), max_length) for example in examples)
         return cls(prefix, examples, [row for row in rows if row])
