@@ -193,6 +193,7 @@ class Inspection(Document):
     )
     eval_examples: int = Field(default=0, ge=0, description="Examples held out for the evaluation loss.")
     golden_examples: int = Field(default=0, ge=0, description="Examples of the golden set.")
+    canary_examples: int = Field(default=0, ge=0, description="Examples of the canary set.")
     tokens: TokenCounts = Field(description="Tokens per training example.")
     max_length: int = Field(ge=1, description="The sequence length decided on, in tokens.")
     sequences: int = Field(ge=1, description="Training sequences per epoch at that length, after packing.")
@@ -254,6 +255,12 @@ class Recipe(Document):
     )
     max_grad_norm: float = Field(gt=0, description="Norm that gradients are clipped to.")
     evals_per_epoch: int = Field(default=4, ge=0, description="Evaluations of the held-out loss per epoch.")
+    best_metric: Literal["evalLoss", "exactMatch", "tokenF1", "rougeL"] | None = Field(
+        default=None, description="The adapter that is best by it at an evaluation leaves. Absent: the last one does."
+    )
+    early_stopping_epochs: int | None = Field(
+        default=None, ge=1, description="Epochs without gain by it after which the training ends. Absent: never."
+    )
 
     def steps_per_epoch(self, sequences: int) -> int:
         """Optimizer steps that see each of `sequences` once; the last batch may be short."""
@@ -269,18 +276,37 @@ class Recipe(Document):
 
 
 class Score(Document):
-    """A metric on the golden set, before and after tuning."""
+    """A metric before and after tuning."""
 
-    metric: str = Field(description="The metric, for example exactMatch.")
+    metric: str = Field(description="The metric, for example exactMatch; canary. before it: on the canary set.")
     base: float = Field(description="The base model's score.")
     tuned: float = Field(description="The tuned model's score.")
     examples: int = Field(ge=1, description="Examples that it was measured on.")
 
 
+class Verdict(Document):
+    """Whether a gate holds."""
+
+    metric: str = Field(description="The score that is judged.")
+    bound: Literal["min", "max", "maxDropFromBase"] = Field(description="How it is bounded.")
+    limit: float = Field(description="The bound.")
+    base: float = Field(description="The base model's score.")
+    tuned: float = Field(description="The tuned model's score.")
+    passed: bool = Field(description="Whether the score keeps to it.")
+
+    def sentence(self) -> str:
+        """The verdict for people."""
+        if self.bound == "maxDropFromBase":
+            asked = f"may be worse than the base's {self.base:.4g} by {self.limit:g} at most"
+        else:
+            asked = f"is to be at {'least' if self.bound == 'min' else 'most'} {self.limit:g}"
+        return f"{self.metric} {asked} and is {self.tuned:.4g}"
+
+
 # --- orders ---
 
 #: Fields of the spec that name data, as messages and `Inspection.data_revisions` call them.
-EVAL_FIELD, GOLDEN_FIELD = "dataset.eval", "evaluation.golden"
+EVAL_FIELD, GOLDEN_FIELD, CANARY_FIELD = "dataset.eval", "evaluation.golden", "evaluation.canary"
 
 
 def train_field(index: int) -> str:
@@ -311,6 +337,32 @@ class DataOrder(Document):
     log_samples: bool = False
 
 
+class GateOrder(Document):
+    """A condition on a score; one of the bounds is set."""
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+    max_drop_from_base: float | None = None
+
+
+class JudgeOrder(Document):
+    """A language model that scores answers, behind an OpenAI-compatible endpoint."""
+
+    endpoint: str = Field(description="Address, up to and including /v1.")
+    model: str
+    secret: str | None = Field(default=None, description="Name of the Secret with its token, never its content.")
+
+
+class EvaluationOrder(Document):
+    """What the tuned model is measured by, beside its base."""
+
+    metrics: list[str] = Field(default_factory=lambda: ["exactMatch"])
+    answer_schema: str | None = Field(default=None, description="JSON Schema, as JSON.")
+    gates: list[GateOrder] = Field(default_factory=list)
+    judge: JudgeOrder | None = None
+
+
 class OrderEnvelope(Document):
     """What every order says."""
 
@@ -335,6 +387,7 @@ class InspectOrder(OrderEnvelope):
     max_length: int | None = None
     packing: bool = True
     loss: Literal["assistant", "completion", "all"] | None = None
+    answer_schema: str | None = Field(default=None, description="As in `EvaluationOrder`: whether it is one.")
 
 
 class TrainOrder(OrderEnvelope):
@@ -357,6 +410,7 @@ class TrainOrder(OrderEnvelope):
     cpu_allowed: bool = Field(default=False, description="Run on the CPU where the accelerator is not there.")
     checkpoint_every_seconds: int = Field(ge=1)
     checkpoint_keep: int = Field(ge=1)
+    evaluation: EvaluationOrder = Field(default_factory=EvaluationOrder)
 
     @property
     def ranks(self) -> int:
@@ -486,6 +540,11 @@ class TrainResult(Document):
     )
     resumed_from_step: int | None = None
     scores: list[Score] = Field(default_factory=list)
+    gates: list[Verdict] = Field(default_factory=list)
+    selected_step: int | None = Field(
+        default=None, ge=0, description="The step whose adapter is this one; absent where it is that of the last step."
+    )
+    stopped_early: bool = Field(default=False, description="Whether it ended before its last step, for want of gain.")
 
 
 class MergeResult(Document):
@@ -519,7 +578,7 @@ RESULT_OF: dict[Stage, type[Inspection] | type[TrainResult] | type[MergeResult] 
 
 
 class Report(Document):
-    """How one attempt of a stage ended: with a result, or with a failure that a user can read."""
+    """How one attempt of a stage ended: with a result, or with a failure that a user can read; with both at a gate."""
 
     version: Literal["v1alpha1"] = VERSION
     stage: Stage
@@ -537,12 +596,14 @@ class Report(Document):
         excess = len(text.encode()) - REPORT_MAX_BYTES
         if excess <= 0:
             return text
-        if self.failure is None or self.result is not None:
+        if self.failure is None:
             raise ValueError(f"a report of {len(text.encode())} bytes; termination messages hold {REPORT_MAX_BYTES}")
         cut = self.failure
         while cut and len(text.encode()) > REPORT_MAX_BYTES:
             cut = cut[: len(cut) * 9 // 10]
             text = self.model_copy(update={"failure": cut + " …"}).to_json()
+        if len(text.encode()) > REPORT_MAX_BYTES:
+            raise ValueError(f"a result that leaves no room; termination messages hold {REPORT_MAX_BYTES} bytes")
         return text
 
 
@@ -552,9 +613,10 @@ def succeeded(order: Order, result: Result) -> Report:
     return Report(stage=order.stage, attempt=order.attempt, job_uid=order.job_uid, result=data)
 
 
-def failed(order: Order, failure: str) -> Report:
-    """The report of a stage that did not finish."""
-    return Report(stage=order.stage, attempt=order.attempt, job_uid=order.job_uid, failure=failure)
+def failed(order: Order, failure: str, result: Result | None = None) -> Report:
+    """The report of a stage that did not finish, or whose `result` did not pass."""
+    data = result.model_dump(mode="json", by_alias=True, exclude_none=True) if result else None
+    return Report(stage=order.stage, attempt=order.attempt, job_uid=order.job_uid, result=data, failure=failure)
 
 
 def parse_report(text: str) -> Report:

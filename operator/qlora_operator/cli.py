@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "what the operator would decide for a job, before it is applied",
     "explain": "why a job stands where it stands, and what to do",
     "watch": "follow a job until it has ended",
+    "compare": "set two jobs side by side: recipe, cost and scores",
     "estimate": "predict GPU memory",
 }
 

@@ -92,6 +92,7 @@ def measure_steps() -> Measured:
     from qlora_trainer.optimization import make_optimizer
     from qlora_trainer.quantization import load_for_training
     from qlora_trainer.recording import Recorder
+    from qlora_trainer.selection import Selection
     from qlora_trainer.sequences import Sequence
     from qlora_trainer.standing import Standing
     from tests.reference import reference
@@ -136,10 +137,7 @@ def measure_steps() -> Measured:
             data=DataOrder(train=[DataSource(uri="")]), data_digest="", recipe=recipe, micro_batch_size=MICRO,
             gradient_accumulation=ACCUMULATION, accelerator="cpu", checkpoint_every_seconds=3600, checkpoint_keep=1,
         )  # fmt: skip
-        learning = Learning(
-            model, make_optimizer(recipe, weights), torch.amp.GradScaler(enabled=False), recipe, rows, [], STEPS, cpu,
-            pad=0, flat=False,
-        )  # fmt: skip
+        optimizer, scaler = make_optimizer(recipe, weights), torch.amp.GradScaler(enabled=False)
         ours, theirs = Clock(), Clock()
         trainer = reference(
             adapted(), base.tokenizer, rows, recipe, Path(place) / "trl",
@@ -151,6 +149,11 @@ def measure_steps() -> Measured:
             work = Work(base.shape, sum(weight.numel() for weight in weights))
             recorder = Recorder([ours], progress, steps=STEPS, steps_per_epoch=STEPS, work=work, device=cpu)
             checkpoints = Checkpoints(Path(place) / "checkpoints", order.bound(), 1)
+            best = Path(place) / "best"
+            watch = Selection(recipe, progress, best, binding="", steps_per_epoch=STEPS, weights=dict)
+            learning = Learning(
+                model, optimizer, scaler, recipe, rows, [], STEPS, cpu, pad=0, flat=False, watch=watch
+            )  # fmt: skip
             learn(learning, progress, checkpoints, order, Interruption(), recorder)
             return ours.taken()
 

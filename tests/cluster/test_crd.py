@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_api.exchange import ExpertWeights, Finding, Inspection, LinearModule, ModelShape, Recipe, Score, TokenCounts
+from qlora_api.exchange import (
+    ExpertWeights,
+    Finding,
+    Inspection,
+    LinearModule,
+    ModelShape,
+    Recipe,
+    Score,
+    TokenCounts,
+    Verdict,
+)
 from qlora_api.findings import FindingCode
 from qlora_api.schema import crd
 from qlora_api.v1alpha1 import (
@@ -181,7 +191,8 @@ WRITTEN = {
     golden: {uri: "pvc://data/golden.jsonl", format: messages}
     canary: {uri: "hf://org/general", revision: main}
     metrics: [exactMatch, rougeL]
-    gates: [{metric: exactMatch, min: 0.5}, {metric: canary, maxDropFromBase: 0.02}]
+    answerSchema: '{"type": "object"}'
+    gates: [{metric: exactMatch, min: 0.5}, {metric: canary.exactMatch, maxDropFromBase: 0.02}]
     judge: {endpoint: "https://judge.example/v1", model: big, credentialsSecretRef: {name: judge}}
   hardware: {gpuProducts: [NVIDIA-L40S], gpus: 2, maxGPUs: 4, nodes: 1, headroomPercent: 20, allocation: dra}
   podTemplate:
@@ -359,6 +370,8 @@ STATUS = JobStatus(
             packing=True,
             loss="assistant",
             epochs=3,
+            best_metric="evalLoss",
+            early_stopping_epochs=2,
             learning_rate=2e-4,
             schedule="cosine",
             warmup_fraction=0.03,
@@ -411,7 +424,12 @@ STATUS = JobStatus(
     ),
     usage=Usage(run_seconds=4000, gpu_seconds=3600),
     cleanup_time=NOW,
-    evaluation=EvaluationResult(scores=(Score(metric="exactMatch", base=0.2, tuned=0.9, examples=20),)),
+    evaluation=EvaluationResult(
+        scores=(Score(metric="exactMatch", base=0.2, tuned=0.9, examples=20),),
+        gates=(Verdict(metric="exactMatch", bound="min", limit=0.5, base=0.2, tuned=0.9, passed=True),),
+        selected_step=220,
+        stopped_early=True,
+    ),
     artifacts=(
         Artifact(
             name="adapter", state="Published", uri="pvc://models/tuned/adapter", digest="sha256:4", bytes=1,

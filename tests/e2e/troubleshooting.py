@@ -114,6 +114,13 @@ REFUSED = (
         {"model": {"uri": "pvc://quickstart/bad/t5"}},
     ),
     Trouble(
+        "no-schema", "Failed", "BadInput",
+        "evaluation.answerSchema: not a JSON Schema: 'objekt' is not valid under any of the given schemas",
+        "Answers are to be checked against something that is no JSON Schema.",
+        "Mend `evaluation.answerSchema`; apply the job under another name.",
+        {"evaluation": {"golden": {"uri": "pvc://quickstart/golden.jsonl"}, "answerSchema": '{"type": "objekt"}'}},
+    ),
+    Trouble(
         "no-such-layer", "Failed", "UnknownTargetModules",
         "spec.lora.targetModules: the model has no linear layer w1; it has …q_proj",
         "LoRA is to be attached to layers that the model does not have.",
@@ -255,7 +262,15 @@ FULL = Trouble(
     "As it says. The old volume goes with the failed job.",
     {"storage": {"retain": "Delete", "size": "1Gi"}, "checkpoint": {"every": "1s"}},
 )  # fmt: skip
-ON_ITS_WAY = (KILLED, DRAINED, TAKEN, OUTGROWN, DIVERGED, FULL)
+KEPT_BACK = Trouble(
+    "kept-back", "Failed", "GateFailed",
+    "kept-back-train-1 did not pass a gate: evaluation.gates: evalLoss is to be at most 0.01 and is …; nothing is "
+    "published, the adapter is on the work volume",
+    "The tuned model is not as good as `evaluation.gates` asks. Its scores stand in `status.evaluation`.",
+    "Look at the answers in the report on the work volume ([evaluation](evaluation.md)). Apply the job with other "
+    "data, another recipe or another gate, under another name.",
+)  # fmt: skip
+ON_ITS_WAY = (KILLED, DRAINED, TAKEN, OUTGROWN, DIVERGED, FULL, KEPT_BACK)
 
 
 def write_bad_files(directory: Path, good: Path) -> Path:
@@ -280,7 +295,7 @@ def page() -> str:
         "## It has failed\n",
         "`Failed`: another attempt would end the same way, so there is none. Flux, Argo CD and `helm --wait` see it at "
         "once.\nA job is one run: the corrected one needs another name, or the failed one deleted first.\n",
-        _table((*REFUSED, TAKEN, DIVERGED, FULL)),
+        _table((*REFUSED, TAKEN, DIVERGED, FULL, KEPT_BACK)),
         "## It waits\n",
         "`Ready=False`, `Reconciling=True`: it goes on by itself when the cause is gone.\n",
         _table((*WAITING, KILLED, DRAINED)),

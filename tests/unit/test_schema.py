@@ -146,10 +146,9 @@ ONE_OF = [
     "dataset.eval.uri", "dataset.evalFraction", "storage.claimName", "storage.className", "training.epochs",
     "training.maxSteps", "evaluation.gates[].min", "evaluation.gates[].max", "evaluation.gates[].maxDropFromBase",
 ]  # fmt: skip
-PROMISES_NOT_KEPT_YET = ["training.earlyStoppingEpochs", "training.bestMetric"]
 
 
-@pytest.mark.parametrize("path", DECIDED + ONE_OF + PROMISES_NOT_KEPT_YET)
+@pytest.mark.parametrize("path", DECIDED + ONE_OF)
 def test_absent_stays_absent(path: str):
     assert "default" not in LEAVES[path.removesuffix("[]")]
 
@@ -274,20 +273,15 @@ REFUSED = [
     ("spec.model.trustRemoteCode", True, "not supported by this version; remove the field"),
     ("spec.dataset.train[0].uri", "oci://b/t.jsonl", "use pvc://claim/path or s3://bucket/path or hf://owner/name"),
     ("spec.dataset.eval.uri", "oci://b/e.jsonl", "use pvc://claim/path or s3://bucket/path"),
-    ("spec.training.earlyStoppingEpochs", 2, "remove the field"),
-    ("spec.training.bestMetric", "evalLoss", "remove the field"),
     ("spec.evaluation.golden.uri", "oci://registry/golden", "use pvc://claim/path"),
-    ("spec.evaluation.canary", A_SOURCE, "remove the field"),
-    ("spec.evaluation.metrics[0]", "rougeL", "rougeL is not supported by this version; use exactMatch"),
-    ("spec.evaluation.gates", [{"metric": "evalLoss", "max": 2}], "remove the field"),
-    ("spec.evaluation.judge", {"endpoint": "http://judge/v1", "model": "m"}, "remove the field"),
+    ("spec.evaluation.canary.uri", "oci://registry/canary", "use pvc://claim/path"),
     ("spec.output.uri", "oci://b/out", "use pvc://claim/path or s3://bucket/path"),
     ("spec.output.formats[0]", "fp8", "fp8 is not supported by this version; use adapter or merged"),
     ("spec.output.signingKeySecretRef", SECRET, "remove the field"),
     ("spec.offline", True, "remove the field"),
 ]
 #: What has to stand beside a field for the job to be valid.
-BESIDE = {"spec.dataset.eval": A_SOURCE, "spec.evaluation.golden": A_SOURCE}
+BESIDE = {"spec.dataset.eval": A_SOURCE, "spec.evaluation.golden": A_SOURCE, "spec.evaluation.canary": A_SOURCE}
 
 
 @pytest.mark.parametrize(("path", "value", "advice"), REFUSED, ids=[path for path, *_ in REFUSED])
@@ -313,7 +307,16 @@ def test_what_is_built_is_taken():
             {"uri": "s3://d/b", "credentialsSecretRef": SECRET},
             {"uri": "hf://team/chats/train.jsonl", "revision": "v1", "credentialsSecretRef": SECRET},
         ],
-        "spec.evaluation.golden": {"uri": "s3://d/golden.jsonl", "credentialsSecretRef": SECRET},
+        "spec.evaluation": {
+            "golden": {"uri": "s3://d/golden.jsonl", "credentialsSecretRef": SECRET},
+            "canary": {"uri": "s3://d/canary.jsonl", "credentialsSecretRef": SECRET},
+            "metrics": ["exactMatch", "tokenF1", "rougeL", "jsonSchema", "perplexity"],
+            "answerSchema": "{}",
+            "gates": [{"metric": "canary.exactMatch", "maxDropFromBase": 0.02}, {"metric": "judge", "min": 3}],
+            "judge": {"endpoint": "http://judge/v1", "model": "m", "credentialsSecretRef": SECRET},
+        },
+        "spec.training.bestMetric": "rougeL",
+        "spec.training.earlyStoppingEpochs": 1,
         "spec.output.uri": "s3://results/tuned",
         "spec.output.credentialsSecretRef": SECRET,
         "spec.dataset.evalFraction": 0.1,

@@ -22,14 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     prepare_process()
 
-    from qlora_trainer.evaluation import METRIC, answers, exact_match
+    from qlora_trainer.evaluation import answers
+    from qlora_trainer.examination import answers_to
+    from qlora_trainer.scores import exact_match
 
     quiet_libraries()
     model, tokenizer = load(options.model, options.adapter)
     if options.golden:
         examples = golden_examples(options.golden)
-        score = exact_match(model, tokenizer, examples)
-        sys.stdout.write(f"{METRIC} {score:.4f} ({round(score * len(examples))} of {len(examples)})\n")
+        given = answers_to(model, tokenizer, examples)
+        right = int(sum(exact_match(text, e.expected) for text, e in zip(given, examples, strict=True)))
+        sys.stdout.write(f"exactMatch {right / len(examples):.4f} ({right} of {len(examples)})\n")
     else:
         prompt = prompt_for(tokenizer, options.prompt)
         sys.stdout.write(answers(model, tokenizer, [prompt], options.max_new_tokens)[0].strip() + "\n")

@@ -35,6 +35,11 @@ class Progress:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
+    #: What each evaluation has found, by name; its step is one of the names.
+    looks: list[dict[str, float]] = field(default_factory=list)
+    best_step: int | None = None
+    best_value: float | None = None
+    stopped_early: bool = False
 
     @property
     def padding(self) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_api.exchange import (
+    CANARY_FIELD,
     EVAL_FIELD,
     FINDING_PLACE_MAX,
     FINDINGS_REPORTED,
@@ -39,7 +40,7 @@ from qlora_trainer.formats import (
     rows_of,
 )
 
-EVAL, GOLDEN, CANARY = EVAL_FIELD, GOLDEN_FIELD, "evaluation.canary"
+EVAL, GOLDEN, CANARY = EVAL_FIELD, GOLDEN_FIELD, CANARY_FIELD
 #: So many mistakes are named at once; nobody wants to hear of them one by one.
 _MISTAKES_NAMED = 5
 _KEYS_NAMED = 20

@@ -1,4 +1,4 @@
-"""How good a model is: its loss on examples it has not learned, and its answers to the golden set."""
+"""How good a model is: its loss on examples it has not learned, and its answers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qlora_trainer.environment import log
-from qlora_trainer.formats import Example
 from qlora_trainer.ranks import ALONE, Ranks
-from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate, prompt_tokens
+from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate
 
-METRIC = "exactMatch"
-#: More tokens than the longest expected answer has: enough to see that an answer goes on where it should have ended.
-ANSWER_SLACK_TOKENS = 4
 GENERATION_BATCH = 32
 #: Called after each batch of what takes long, so that whoever waits knows that work goes on.
 Alive = Callable[[], object]
@@ -129,14 +125,3 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
         last = next((token for token in reversed(text) if tokenizer.decode([token]).strip()), None)
         stops |= {last} & special
     return sorted(stops - {None})
-
-
-def exact_match(
-    model: Any, tokenizer: Any, golden: list[Example], name: str = "", alive: Alive = lambda: None
-) -> float:
-    """Share of golden examples that `model` answers exactly, but for white space around the answer."""
-    expected = [example.expected.strip() for example in golden]
-    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
-    prompts = [prompt_tokens(tokenizer, example) for example in golden]
-    given = answers(model, tokenizer, prompts, longest + ANSWER_SLACK_TOKENS, name, alive)
-    return sum(text.strip() == wanted for text, wanted in zip(given, expected, strict=True)) / len(golden)

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import ClassVar
 
-from qlora_api.exchange import ExitCode, Order, Stage, claim_of, is_claim
+from qlora_api.exchange import ExitCode, Order, Stage, TrainResult, claim_of, is_claim
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -30,6 +30,16 @@ class Diverged(StageError):
     """Loss or gradients stopped being numbers."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class GateFailed(StageError):
+    """The tuned model is there, and a gate does not let it out."""
+
+    exit_code = ExitCode.GATE_FAILED
+
+    def __init__(self, message: str, result: TrainResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class Interrupted(StageError):

@@ -19,6 +19,7 @@ from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
 from qlora_trainer.formats import Mistake
 from qlora_trainer.inputs import MODEL, commits, download_bytes, with_inputs
+from qlora_trainer.scores import schema as answer_schema
 from qlora_trainer.stores import open_store
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         len(corpus.train), corpus.duplicates, len(corpus.eval), len(corpus.golden),
     )  # fmt: skip
     near_duplicates = _compare(corpus)
+
+    if order.answer_schema is not None:
+        answer_schema(order.answer_schema)
 
     # seconds to import, so only now: what is wrong with the data has been said
     from qlora_trainer.model import open_base
@@ -94,6 +98,7 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         examples=len(corpus.train),
         eval_examples=len(corpus.eval),
         golden_examples=len(corpus.golden),
+        canary_examples=len(corpus.canary),
         tokens=TokenCounts(
             p50=int(np.percentile(lengths, 50, method="inverted_cdf")),
             p95=int(np.percentile(lengths, 95, method="inverted_cdf")),

@@ -22,6 +22,7 @@ from qlora_trainer.optimization import learning_rate
 from qlora_trainer.prepared import Rows
 from qlora_trainer.ranks import ALONE, Ranks, whole, whole_state
 from qlora_trainer.recording import Recorder
+from qlora_trainer.selection import Selection
 from qlora_trainer.sequences import Sequence, batches
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -41,13 +42,14 @@ class Learning:
     device: torch.device
     pad: int
     flat: bool
+    watch: Selection
     ranks: Ranks = ALONE
     sharded: bool = False
 
     @property
     def eval_steps(self) -> frozenset[int]:
-        """After which steps the evaluation set is looked at: evenly over each epoch, and at the end."""
-        if not self.eval_rows:
+        """After which steps what is held out is looked at: evenly over each epoch, and at the end."""
+        if not self.eval_rows and not self.watch.measures:
             return frozenset()
         per_epoch, times = self.recipe.steps_per_epoch(len(self.rows)), self.recipe.evals_per_epoch
         epochs = -(-self.steps // per_epoch)
@@ -89,9 +91,8 @@ def learn(
         ranks.wait()
 
     model.train()
-    dealt = batches(
-        len(learning.rows), recipe.effective_batch_size, recipe.seed, start=progress.step, stop=learning.steps
-    )
+    stop = progress.step if progress.stopped_early else learning.steps
+    dealt = batches(len(learning.rows), recipe.effective_batch_size, recipe.seed, start=progress.step, stop=stop)
     for step, chosen in enumerate(dealt, start=progress.step):
         started = time.monotonic()
         sequences = [learning.rows[number] for number in chosen]
@@ -145,17 +146,22 @@ def learn(
         progress.seconds += time.monotonic() - started
         standing = recorder.stepped(progress, sequences, rate, norm)
         if progress.step in eval_steps:
-            value = mean_loss(
-                model, learning.eval_rows, order.micro_batch_size, learning.device,
-                pad=learning.pad, flat=learning.flat, alive=recorder.alive, ranks=ranks,
-            )  # fmt: skip
-            progress.eval_losses.append((progress.step, value))
-            recorder.evaluated(progress)
-            log.info("step %d: eval loss %.4f", progress.step, value)
-        last = progress.step == learning.steps
+            value = None
+            if learning.eval_rows:
+                value = mean_loss(
+                    model, learning.eval_rows, order.micro_batch_size, learning.device,
+                    pad=learning.pad, flat=learning.flat, alive=recorder.alive, ranks=ranks,
+                )  # fmt: skip
+                progress.eval_losses.append((progress.step, value))
+                recorder.evaluated(progress)
+            told = learning.watch.looked(progress, value)
+            progress.stopped_early = told == "stop" and progress.step < learning.steps
+        last = progress.step == learning.steps or progress.stopped_early
         if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES or last:
             said_at = time.monotonic()
             log.info("%s", standing.line())
         if ranks.any(time.monotonic() - saved_at >= order.checkpoint_every_seconds) or last:
             checkpoint()
             saved_step, saved_at = progress.step, time.monotonic()
+        if progress.stopped_early:
+            break

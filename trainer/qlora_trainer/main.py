@@ -30,7 +30,7 @@ from qlora_api.exchange import (
     succeeded,
 )
 from qlora_trainer.environment import Pod, log, prepare_process
-from qlora_trainer.failures import StageError, describe
+from qlora_trainer.failures import GateFailed, StageError, describe
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.metrics import Metrics
 from qlora_trainer.reporting import Reporter, Server
@@ -78,10 +78,9 @@ def main() -> int:
             from qlora_trainer.launch import launch  # it imports torch
 
             return launch(order, report_path)
-        if order.stage is Stage.TRAIN:
+        if order.stage is Stage.TRAIN and not number:  # ranks go on or hang together: one of them watches
             watchdog = Watchdog(lambda reason: _give_up(order, report_path, reason))
             pod = replace(pod, watchers=(watchdog,))
-        if order.stage is Stage.TRAIN and not number:
             metrics = Metrics()
             port = int(os.environ.get("QLORA_METRICS_PORT", METRICS_PORT))
             metrics.serve(port, os.environ.get("QLORA_METRICS_HOST"))
@@ -98,7 +97,8 @@ def main() -> int:
         code, message = describe(error, order)
         unforeseen = code == 1 and not isinstance(error, StageError)
         log.error("%s", message, exc_info=error if unforeseen or log.isEnabledFor(logging.DEBUG) else None)
-        _tell(report_path, code, failed(order, message).fitted() if order else _without_order(message))
+        result = error.result if isinstance(error, GateFailed) else None
+        _tell(report_path, code, failed(order, message, result).fitted() if order else _without_order(message))
         return code
     finally:
         if watchdog:

@@ -20,11 +20,13 @@ from qlora_trainer.artifacts import directory_bytes, directory_digest
 from qlora_trainer.census import census
 from qlora_trainer.checkpoint import Checkpoints, Progress
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
-from qlora_trainer.evaluation import METRIC, exact_match
-from qlora_trainer.failures import BadInput, EnvironmentUnfit
+from qlora_trainer.examination import Examiner, KnownAnswers, examine, judged
+from qlora_trainer.failures import BadInput, EnvironmentUnfit, GateFailed
 from qlora_trainer.fitness import equipment, require_attention_as_asked, require_fit, require_optimizer_as_asked
 from qlora_trainer.flops import Work
+from qlora_trainer.gates import failures, verdicts
 from qlora_trainer.inputs import with_inputs
+from qlora_trainer.judging import open_judge
 from qlora_trainer.learning import Learning, learn
 from qlora_trainer.model import open_base
 from qlora_trainer.optimization import make_optimizer
@@ -33,7 +35,10 @@ from qlora_trainer.prepared import open_prepared, prepare
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.ranks import Ranks, load_state, meeting, mesh_of, whole
 from qlora_trainer.recording import Recorder
+from qlora_trainer.report_page import write_report
 from qlora_trainer.results import record, recorded
+from qlora_trainer.scores import CANARY, schema
+from qlora_trainer.selection import Selection
 from qlora_trainer.sharding import load_sharded
 from qlora_trainer.starts import started
 
@@ -42,7 +47,7 @@ def train(order: TrainOrder, pod: Pod) -> TrainResult:
     """Train, evaluate and save one adapter, together with the other ranks if there are any.
 
     Raises BadInput when model or data are not those inspected, Diverged, Interrupted (after a checkpoint),
-    EnvironmentUnfit without the GPU that was ordered.
+    EnvironmentUnfit without the GPU that was ordered, GateFailed when the adapter is there and a gate does not hold.
     """
     with meeting() as ranks:
         return train_with(ranks, order, pod)
@@ -55,9 +60,11 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     done = recorded(order, TrainResult)
     if done and adapter_dir.is_dir() and directory_digest(adapter_dir) == done.adapter_digest:
         log.info("an earlier attempt has finished this training")
-        return done
+        return _let_out(done)
     if ranks.size != order.ranks:
         raise EnvironmentUnfit(f"the plan is for {order.ranks} processes, and {ranks.size} are here")
+    if order.evaluation.answer_schema is not None:
+        schema(order.evaluation.answer_schema)
     sharded = order.sharded or recipe.offload == "parameters"
     if sharded and (recipe.dora or recipe.init == "loftq"):
         raise BadInput(
@@ -113,20 +120,6 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     elif recipe.dora or recipe.init == "loftq":
         load_adapter(model, ranks.from_first(lambda: started(model, recipe, base)))
 
-    learning = Learning(
-        model,
-        optimizer,
-        scaler,
-        recipe,
-        rows,
-        list(data.eval),
-        steps,
-        device,
-        base.tokenizer.pad_token_id,
-        flat,
-        ranks,
-        sharded,
-    )
     recorder = Recorder(
         pod.watchers,
         progress,
@@ -135,21 +128,48 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         work=Work(base.shape, adapter_parameters, peak_flops(device_name(device), recipe.compute_dtype)),
         device=device,
     )
+    # what it is looked at by on its way, and at its end
+    size = order.micro_batch_size
+    examiner = Examiner(model, base.tokenizer, size, device, flat, recorder.alive, ranks)
+    golden, canary = (
+        KnownAnswers.of(prefix, examples, base.tokenizer, recipe.max_length) if examples else None
+        for prefix, examples in (("", data.golden), (CANARY, data.canary))
+    )
+    slices = [known.slice(base.tokenizer, recipe.max_length) for known in (golden, canary) if known]
+    watch = Selection(
+        recipe,
+        progress,
+        work_dir / "best",
+        binding=order.binding(),
+        steps_per_epoch=recipe.steps_per_epoch(len(rows)),
+        weights=lambda: {name: whole(weight) for name, weight in adapter_weights(model).items()},
+        figures=(lambda: examiner.figures(slices, recipe.best_metric)) if slices else None,
+        ranks=ranks,
+    )
+    pad, eval_rows = base.tokenizer.pad_token_id, list(data.eval)
+    learning = Learning(
+        model, optimizer, scaler, recipe, rows, eval_rows, steps, device, pad, flat, watch, ranks, sharded
+    )
     with pod.interruption.deferred():
         learn(learning, progress, checkpoints, order, pod.interruption, recorder)
 
-    # what came out
+    # what came out, and what it is worth; all ranks answer, for of a model that is shared each has a part
+    selected_step = watch.put_back(model, progress)
     learned = {name: whole(weight) for name, weight in adapter_weights(model).items()}
     if ranks.first:
         save_adapter(model, learned, adapter_dir, order, base)
-    scores: list[Score] = []
-    if data.golden and (ranks.first or sharded):  # of a model that is shared, all ranks have to compute
-        model.eval()
-        with model.disable_adapter():
-            before = exact_match(model, base.tokenizer, data.golden, "golden set, base", recorder.alive)
-        after = exact_match(model, base.tokenizer, data.golden, "golden set, tuned", recorder.alive)
-        scores = [Score(metric=METRIC, base=before, tuned=after, examples=len(data.golden))]
-        log.info("golden set of %d: exact match %.3f before, %.3f after", len(data.golden), before, after)
+    asked = order.evaluation
+    found = examine(examiner, golden, canary, asked)
+    if asked.judge:
+        judge, answered = open_judge(asked.judge, recipe.seed, pod), found
+        found = ranks.from_first(lambda: judged(answered, judge, recorder.alive))
+    held_out = dict(progress.eval_losses)
+    eval_loss = held_out.get(progress.step if selected_step is None else selected_step)
+    if eval_loss is not None and any(gate.metric == "evalLoss" for gate in asked.gates):
+        before = examiner.loss(eval_rows, base=True)
+        found.scores.append(Score(metric="evalLoss", base=before, tuned=eval_loss, examples=len(eval_rows)))
+    scores = ranks.from_first(lambda: found.scores)  # all ranks pass or fail by the same figures
+    passed = verdicts(asked.gates, scores)
 
     ranks.wait()
     tail = [loss for loss in progress.losses[-max(1, len(progress.losses) // 10) :] if math.isfinite(loss)]
@@ -159,7 +179,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         steps=progress.step,
         epochs=round(progress.step / recipe.steps_per_epoch(len(rows)), 4),
         train_loss=sum(tail) / len(tail) if tail else progress.losses[0],
-        eval_loss=progress.eval_losses[-1][1] if progress.eval_losses else None,
+        eval_loss=eval_loss,
         tokens=progress.tokens,
         padding_percent=round(100 * progress.padding, 1),
         tokens_per_second=round(progress.tokens / progress.seconds, 1) if progress.seconds else 0,
@@ -169,9 +189,20 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         peak_memory_bytes=ranks.most(peak_memory_bytes(device)),
         resumed_from_step=resumed_from,
         scores=scores,
+        gates=passed,
+        selected_step=selected_step,
+        stopped_early=progress.stopped_early,
     )
     if ranks.first:
+        write_report(work_dir / "report", order, result, progress, found.samples)
         record(order, result)
+    ranks.wait()
+    return _let_out(result)
+
+
+def _let_out(result: TrainResult) -> TrainResult:
+    if told := failures(result.gates):
+        raise GateFailed(f"{told}; nothing is published, the adapter is on the work volume", result)
     return result
 
 

@@ -121,8 +121,11 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["paged_adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Offload = Literal["none", "activations", "parameters"]
-Metric = Literal["exactMatch", "tokenF1", "rougeL", "perplexity"]
-GateMetric = Literal["exactMatch", "tokenF1", "rougeL", "perplexity", "evalLoss", "canary", "judge"]
+Metric = Literal["exactMatch", "tokenF1", "rougeL", "jsonSchema", "perplexity"]
+GateMetric = Literal[
+    "exactMatch", "tokenF1", "rougeL", "jsonSchema", "perplexity", "judge", "evalLoss",
+    "canary.exactMatch", "canary.tokenF1", "canary.rougeL", "canary.perplexity",
+]  # fmt: skip
 BestMetric = Literal["evalLoss", "exactMatch", "tokenF1", "rougeL"]
 Accelerator = Literal["nvidia", "amd", "cpu"]
 Allocation = Literal["devicePlugin", "dra"]

@@ -158,6 +158,11 @@ class Dataset(SpecPart):
         description="Print the first five tokenised examples to the pod's log. Shows data to log readers.",
     )
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are examples for the evaluation loss."""
+        return self.eval is not None or self.eval_fraction is not None
+
 
 class Quantization(SpecPart):
     """How the frozen base is held in memory under QLoRA."""
@@ -277,11 +282,17 @@ class Training(SpecPart):
     evals_per_epoch: Integer = Field(
         default=4, ge=0, le=100, description="Evaluations of the held-out loss per epoch, where there is held-out data."
     )
-    early_stopping_epochs: Integer | None = Field(
-        default=None, ge=1, le=100, description="Stop after so many epochs without gain. Absent: never."
+    early_stopping_epochs: Integer = Field(
+        default=2,
+        ge=0,
+        le=100,
+        description="Stop after so many epochs without gain by bestMetric. 0: never; nor where nothing is held out.",
     )
-    best_metric: BestMetric | None = Field(
-        default=None, description="The checkpoint that is best by this metric is published. Absent: the last one is."
+    best_metric: BestMetric = Field(
+        default="evalLoss",
+        description="The adapter that is best by it at one of the evaluations leaves. evalLoss needs data held out "
+        "(dataset.eval or evalFraction), without which the last adapter leaves; the others are those of a slice of "
+        "evaluation.golden.",
     )
 
 
@@ -294,7 +305,11 @@ class Gate(SpecPart):
     min: Number | None = Field(default=None, ge=-1e9, le=1e9, description="The tuned model's score is at least this.")
     max: Number | None = Field(default=None, ge=-1e9, le=1e9, description="The tuned model's score is at most this.")
     max_drop_from_base: Number | None = Field(
-        default=None, ge=0, le=1e9, description="The tuned model's score is below the base's by at most this."
+        default=None,
+        ge=0,
+        le=1e9,
+        description="The tuned model's score is worse than the base's by at most this; of perplexity and evalLoss the "
+        "higher is the worse.",
     )
 
 
@@ -303,11 +318,46 @@ class Judge(SpecPart):
 
     endpoint: str = Field(pattern=ENDPOINT_PATTERN, max_length=1024, description="Address, up to and including /v1.")
     model: Word = Field(description="Name of the model at that endpoint.")
-    credentials_secret_ref: SecretRef | None = Field(default=None, description="Secret with the key `token`.")
+    credentials_secret_ref: SecretRef | None = Field(
+        default=None, description="Secret with the keys `token` and `caBundle`, both optional."
+    )
+
+
+def _gated(evaluation: "Evaluation") -> set[str]:
+    return {gate.metric for gate in evaluation.gates or ()}
 
 
 class Evaluation(SpecPart):
     """What the tuned model is measured on, beside its base, before anything is published."""
+
+    rules = (
+        Rule(
+            "!has(self.gates) || has(self.canary) || self.gates.all(gate, !gate.metric.startsWith('canary.'))",
+            lambda evaluation: (
+                evaluation.canary is not None or not any(name.startswith("canary.") for name in _gated(evaluation))
+            ),
+            "a gate on canary. needs evaluation.canary",
+        ),
+        Rule(
+            "!has(self.gates) || has(self.judge) || self.gates.all(gate, gate.metric != 'judge')",
+            lambda evaluation: evaluation.judge is not None or "judge" not in _gated(evaluation),
+            "a gate on judge needs evaluation.judge",
+        ),
+        Rule(
+            # a default is judged as it is written, before the defaults within it are filled
+            "has(self.answerSchema) || ((!has(self.metrics) || !self.metrics.exists(name, name == 'jsonSchema'))"
+            " && (!has(self.gates) || self.gates.all(gate, gate.metric != 'jsonSchema')))",
+            lambda evaluation: (
+                evaluation.answer_schema is not None or "jsonSchema" not in {*evaluation.metrics, *_gated(evaluation)}
+            ),
+            "the metric jsonSchema needs evaluation.answerSchema",
+        ),
+        Rule(
+            "!has(self.judge) || has(self.golden)",
+            lambda evaluation: evaluation.judge is None or evaluation.golden is not None,
+            "a judge needs evaluation.golden: it scores the answers to that",
+        ),
+    )
 
     golden: DataSource | None = Field(
         default=None, description="Examples with known answers. Base and tuned model are both scored on them."
@@ -318,8 +368,16 @@ class Evaluation(SpecPart):
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1, max_length=8), Distinct] = Field(
         default=("exactMatch",),
         json_schema_extra=AS_SET,
-        description="How answers to the golden set are scored. exactMatch: share of answers that are equal, but for "
-        "white space around them.",
+        description="How the golden set is scored. exactMatch: share of answers that are equal, but for white space "
+        "around them. tokenF1: overlap of their words. rougeL: longest common subsequence of their words. jsonSchema: "
+        "share of answers that are JSON as answerSchema asks. perplexity: of the expected answers, the lower the "
+        "better.",
+    )
+    answer_schema: str | None = Field(
+        default=None,
+        min_length=2,
+        max_length=8192,
+        description="JSON Schema, written as JSON, that answers are to satisfy; {} asks for JSON and no more.",
     )
     gates: tuple[Gate, ...] | None = Field(
         default=None, max_length=16, description="Conditions on the scores, without which nothing is published."
@@ -565,13 +623,24 @@ class JobSpec(SpecPart):
             "would be there twice",
         ),
         Rule(
-            "!has(self.evaluation.gates) || size(self.evaluation.gates) == 0 || has(self.evaluation.golden)"
-            " || self.evaluation.gates.all(gate, gate.metric in ['evalLoss', 'canary'])",
+            "!has(self.evaluation.gates) || has(self.evaluation.golden) || self.evaluation.gates.all(gate, "
+            "gate.metric == 'evalLoss' || gate.metric.startsWith('canary.'))",
             lambda spec: (
                 spec.evaluation.golden is not None
-                or all(gate.metric in ("evalLoss", "canary") for gate in spec.evaluation.gates or ())
+                or all(name == "evalLoss" or name.startswith("canary.") for name in _gated(spec.evaluation))
             ),
             "a gate on a score needs evaluation.golden",
+        ),
+        Rule(
+            "!has(self.evaluation.gates) || has(self.dataset.eval) || has(self.dataset.evalFraction)"
+            " || self.evaluation.gates.all(gate, gate.metric != 'evalLoss')",
+            lambda spec: spec.dataset.holds_out or "evalLoss" not in _gated(spec.evaluation),
+            "a gate on evalLoss needs dataset.eval or dataset.evalFraction",
+        ),
+        Rule(
+            "self.training.bestMetric == 'evalLoss' || has(self.evaluation.golden)",
+            lambda spec: spec.training.best_metric == "evalLoss" or spec.evaluation.golden is not None,
+            "training.bestMetric: all but evalLoss need evaluation.golden",
         ),
     )
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from qlora_api.exchange import Inspection, Recipe, Score
+from qlora_api.exchange import Inspection, Recipe, Score, Verdict
 from qlora_api.v1alpha1.fields import Accelerator, ConditionStatus, Document, Timestamp
 
 
@@ -186,6 +186,11 @@ class EvaluationResult(Document):
         description="Metric by metric.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["metric"]},
     )
+    gates: tuple[Verdict, ...] = Field(default=(), description="The gates and their verdicts.")
+    selected_step: int | None = Field(
+        default=None, description="The step whose adapter leaves. Absent: it is that of the last step."
+    )
+    stopped_early: bool = Field(default=False, description="Whether the training ended early, for want of gain.")
 
 
 class Serving(Document):

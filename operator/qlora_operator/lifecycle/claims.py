@@ -22,4 +22,6 @@ def _addresses(spec: JobSpec) -> Iterator[tuple[str, str]]:
         yield "spec.dataset.eval.uri", spec.dataset.eval.uri
     if spec.evaluation.golden:
         yield "spec.evaluation.golden.uri", spec.evaluation.golden.uri
+    if spec.evaluation.canary:
+        yield "spec.evaluation.canary.uri", spec.evaluation.canary.uri
     yield "spec.output.uri", spec.output.uri

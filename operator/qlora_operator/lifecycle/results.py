@@ -41,7 +41,7 @@ def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended) -> Jo
     others = tuple(a for a in status.attempts if a.job != attempt.job)
     usage = budget.with_run(status.usage, attempt, attempt.ended, status.plan)
     status = status.model_copy(update={"attempts": (*others, attempt), "usage": usage})
-    if how is not Outcome.SUCCEEDED or seen.report is None:
+    if how not in (Outcome.SUCCEEDED, Outcome.GATE_FAILED) or seen.report is None or seen.report.result is None:
         return status
     result = RESULT_OF[task.stage].model_validate(seen.report.result)
     return _with_result(status, task, result)
@@ -77,8 +77,13 @@ def _trained(status: JobStatus, result: TrainResult) -> JobStatus:
         remaining="0s",
     )
     update: dict[str, Any] = {"progress": progress}
-    if result.scores:
-        update["evaluation"] = EvaluationResult(scores=tuple(result.scores))
+    if result.scores or result.selected_step is not None or result.stopped_early:
+        update["evaluation"] = EvaluationResult(
+            scores=tuple(result.scores),
+            gates=tuple(result.gates),
+            selected_step=result.selected_step,
+            stopped_early=result.stopped_early,
+        )
     if status.plan is not None:
         memory = status.plan.memory.model_copy(update={"measured_bytes": result.peak_memory_bytes})
         update["plan"] = status.plan.model_copy(update={"memory": memory})

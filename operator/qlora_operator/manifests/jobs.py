@@ -213,6 +213,8 @@ def _mounts(job: Job, task: Task, order: str, endpoint: Endpoint | None) -> list
         volume = {"name": mount["name"], "persistentVolumeClaim": source}
         mounts.append((volume, mount | ({"readOnly": True} if read_only else {})))
     references = [place.credentials_secret_ref for place in places if not is_claim(place.uri)]
+    if task == TRAIN and (judge := job.spec.evaluation.judge):
+        references.append(judge.credentials_secret_ref)
     for secret in sorted({reference.name for reference in references if reference}):
         name = f"credentials-{len(mounts)}"
         # optional: where it is missing the stage itself says so; a pod that waits for a volume says it in an event only
@@ -232,7 +234,8 @@ def _work_volume(job: Job, task: Task) -> dict[str, Any]:
 def _places(job: Job, task: Task) -> Sequence[spec.ModelSource | spec.DataSource | spec.Output]:
     """Where the stage reads and writes, besides the work volume."""
     of = job.spec
-    data = [*of.dataset.train, *(source for source in (of.dataset.eval, of.evaluation.golden) if source)]
+    held_out = (of.dataset.eval, of.evaluation.golden, of.evaluation.canary)
+    data = [*of.dataset.train, *(source for source in held_out if source)]
     return {
         # inspect tries the store that publish will write to; a claim it does not need
         Stage.INSPECT: [of.model, *data, *([] if is_claim(of.output.uri) else [of.output])],

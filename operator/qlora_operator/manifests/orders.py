@@ -7,14 +7,18 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qlora_api.exchange import (
+    CANARY_FIELD,
     EVAL_FIELD,
     GOLDEN_FIELD,
     ORDER_PATH,
     WORK_MOUNT,
     DataOrder,
     DataSource,
+    EvaluationOrder,
+    GateOrder,
     Inspection,
     InspectOrder,
+    JudgeOrder,
     MergeOrder,
     Order,
     PublishOrder,
@@ -71,6 +75,7 @@ def _inspect(job: Job, task: Task, settings: Settings, envelope: dict[str, Any])
         max_length=dataset.max_length,
         packing=dataset.packing,
         loss=dataset.loss,
+        answer_schema=job.spec.evaluation.answer_schema,
         **_output_store(job),
     )
 
@@ -93,6 +98,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
         cpu_allowed=settings.cpu_allowed,
         checkpoint_every_seconds=duration_seconds(job.spec.checkpoint.every),
         checkpoint_keep=job.spec.checkpoint.keep,
+        evaluation=_evaluation(job),
     )
 
 
@@ -153,7 +159,7 @@ def _model(job: Job) -> dict[str, Any]:
 
 def _data(job: Job) -> DataOrder:
     dataset = job.spec.dataset
-    golden = job.spec.evaluation.golden
+    golden, canary = job.spec.evaluation.golden, job.spec.evaluation.canary
     seen = job.status.inspection.data_revisions if job.status.inspection else {}
     return DataOrder(
         train=[
@@ -163,7 +169,21 @@ def _data(job: Job) -> DataOrder:
         eval=_source(dataset.eval, seen.get(EVAL_FIELD)) if dataset.eval else None,
         eval_fraction=dataset.eval_fraction,
         golden=_source(golden, seen.get(GOLDEN_FIELD)) if golden else None,
+        canary=_source(canary, seen.get(CANARY_FIELD)) if canary else None,
         log_samples=dataset.log_samples,
+    )
+
+
+def _evaluation(job: Job) -> EvaluationOrder:
+    asked = job.spec.evaluation
+    judge = asked.judge and JudgeOrder(
+        endpoint=asked.judge.endpoint, model=asked.judge.model, secret=_secret(asked.judge.credentials_secret_ref)
+    )
+    return EvaluationOrder(
+        metrics=list(asked.metrics),
+        answer_schema=asked.answer_schema,
+        gates=[GateOrder(**gate.model_dump()) for gate in asked.gates or ()],
+        judge=judge,
     )
 
 

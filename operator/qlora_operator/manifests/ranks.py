@@ -50,10 +50,11 @@ def environment(plan: Plan | None, attempt: str, grace_seconds: int) -> list[dic
     values = {
         "PET_NNODES": str(plan.nodes),
         "PET_NPROC_PER_NODE": str(plan.gpus_per_node),
+        "PET_MASTER_PORT": str(PORT),
         "PET_SHUTDOWN_TIMEOUT": str(max(1, grace_seconds - LAST_WORDS_SECONDS)),
     }
     if plan.nodes > 1:
-        values |= {"PET_MASTER_ADDR": f"{attempt}-0.{attempt}", "PET_MASTER_PORT": str(PORT)}
+        values["PET_MASTER_ADDR"] = f"{attempt}-0.{attempt}"
     found: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in sorted(values.items())]
     if plan.nodes > 1:
         found.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": RANK}}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from qlora_api.exchange import Recipe
 from qlora_api.v1alpha1 import JobSpec
@@ -50,6 +51,13 @@ def wishes(spec: JobSpec, prices: Mapping[str, float] | None = None) -> Wishes:
 def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
     """The first pair of settings that no cluster can serve together."""
     training, hardware = spec.training, spec.hardware
+    if spec.offline and (judge := spec.evaluation.judge) and not _in_cluster(judge.endpoint):
+        return Unfit(
+            "JudgeOutside",
+            f"spec.evaluation.judge.endpoint: {judge.endpoint} is not a Service of this cluster "
+            "(http://name.namespace.svc/v1), and spec.offline lets nothing out: name one that is, or leave judge out",
+            final=True,
+        )
     if spec.offline and not installation.mirror and (hub := sorted(_on_the_hub(spec))):
         return Unfit(
             "NoMirror",
@@ -90,6 +98,11 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
             final=True,
         )
     return None
+
+
+def _in_cluster(endpoint: str) -> bool:
+    host = urlsplit(endpoint).hostname or ""
+    return host.endswith((".svc", ".svc.cluster.local"))
 
 
 def _on_the_hub(spec: JobSpec) -> set[str]:

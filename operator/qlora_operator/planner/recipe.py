@@ -72,6 +72,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
     on_cpu = spec.hardware.accelerator == CPU
     training = spec.training
     neither = training.epochs is None and training.max_steps is None
+    best = training.best_metric if training.best_metric != "evalLoss" or spec.dataset.holds_out else None
     return [
         Recipe(
             method=method,
@@ -102,6 +103,8 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             attention=attention,
             max_grad_norm=training.max_grad_norm,
             evals_per_epoch=training.evals_per_epoch,
+            best_metric=best,
+            early_stopping_epochs=(training.early_stopping_epochs or None) if best else None,
         )
         for method in methods
     ]

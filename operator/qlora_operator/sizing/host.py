@@ -56,6 +56,7 @@ def disk(
         Item("prepared data", TOKEN_BYTES * tokens),
         Item("checkpoints", 3 * adapter * (checkpoints_kept + 1)),
         Item("adapter", adapter),
+        Item("best adapter", 2 * adapter if recipe.best_metric else 0),  # the next is written beside it
         Item("merged model", shape.parameters * DTYPE_BYTES.get(shape.dtype, 4) if merged else 0),
         Item("results", RESULT_BYTES),
     ]

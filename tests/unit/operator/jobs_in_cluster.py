@@ -6,7 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from qlora_api.v1alpha1 import Attempt, ConditionType, JobStatus, Phase, Plan, Progress
+from qlora_api.exchange import Score, Verdict
+from qlora_api.v1alpha1 import Attempt, ConditionType, EvaluationResult, JobStatus, Phase, Plan, Progress, Usage
 from qlora_operator.commands.manifests import manifests, premises
 from qlora_operator.commands.nodes import nodes_of_file
 from qlora_operator.lifecycle.conditions import Situation, with_situation
@@ -84,3 +85,36 @@ def ran_out_of_memory_and_waits() -> dict[str, Any]:
         without=(ConditionType.SCHEDULED,),
         measured_bytes=26_900_000_000,
     )
+
+
+def qlora_and_lora() -> dict[str, Any]:
+    """The same training in 4 bits, which a gate has kept back, and in 16: the list that kubectl gets of two names."""
+    jobs = [_tuned("support-bot", "qlora", 0.71, 9_700_000_000, hours=2), _tuned("support-bot-lora", "lora", 0.78,
+            26_900_000_000, hours=1)]  # fmt: skip
+    return {"apiVersion": "v1", "kind": "List", "items": jobs}
+
+
+def _tuned(name: str, method: str, tuned: float, measured_bytes: int, *, hours: float) -> dict[str, Any]:
+    passed = tuned >= 0.75
+    started = given.NOW - timedelta(hours=hours)
+    document = in_phase(
+        Phase.SUCCEEDED if passed else Phase.FAILED,
+        "",
+        attempts=(
+            given.attempt(TRAIN, 1, "Succeeded" if passed else "GateFailed", started=started, of=name, node="gpu-3"),
+        ),
+        measured_bytes=measured_bytes,
+        usage=Usage(run_seconds=round(3600 * hours) + 60, gpu_seconds=round(3600 * hours)),
+        evaluation=EvaluationResult(
+            scores=(
+                Score(metric="exactMatch", base=0.12, tuned=tuned, examples=200),
+                Score(metric="canary.perplexity", base=8.4, tuned=8.6, examples=100),
+            ),
+            gates=(Verdict(metric="exactMatch", bound="min", limit=0.75, base=0.12, tuned=tuned, passed=passed),),
+            selected_step=None if passed else 400,
+        ),
+        progress=Progress(percent=100, step=471, steps=471, loss=0.5124, eval_loss=0.61, tokens_per_second=4200),
+    )
+    document["metadata"] = document["metadata"] | {"name": name}
+    document["status"]["plan"]["recipe"]["method"] = method
+    return document

@@ -257,12 +257,47 @@ CONTRADICTIONS: list[Any] = [
         "spec.offline: hf://meta-llama/Llama-3.1-8B is to come from Hugging Face's hub, and this installation names no "
         "mirror of it: set HF_ENDPOINT in the chart's stageEnv, or give the place of a copy (pvc://, s3://)",
     ),
+    (
+        {"offline": True, "evaluation.golden": {"uri": "pvc://data/golden.jsonl"},
+         "evaluation.judge": {"endpoint": "https://api.example.com/v1", "model": "m"}}, "JudgeOutside",
+        "spec.evaluation.judge.endpoint: https://api.example.com/v1 is not a Service of this cluster "
+        "(http://name.namespace.svc/v1), and spec.offline lets nothing out: name one that is, or leave judge out",
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("edits", "reason", "message"), CONTRADICTIONS)
 def test_settings_that_contradict_one_another_are_refused_for_good(edits: Raw, reason: str, message: str) -> None:
     assert made("llama-3.1-8b", 1024, edits, CLUSTER) == Unfit(reason, message, final=True)
+
+
+def test_offline_with_a_judge_in_the_cluster_is_no_contradiction() -> None:
+    judge = {"endpoint": "http://judge.models.svc/v1", "model": "m"}
+    edits: Raw = {"offline": True, "evaluation": {"golden": {"uri": "pvc://data/golden.jsonl"}, "judge": judge}}
+    assert isinstance(made("llama-3.1-8b", 1024, edits, CLUSTER), Plan)
+
+
+HELD_OUT: Raw = {"dataset.evalFraction": 0.1}
+GOLDEN: Raw = {"evaluation.golden": {"uri": "pvc://data/golden.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("edits", "best", "patience"),
+    [
+        ({}, None, None),
+        (HELD_OUT, "evalLoss", 2),
+        ({"dataset.eval": {"uri": "pvc://data/eval.jsonl"}}, "evalLoss", 2),
+        (HELD_OUT | {"training.earlyStoppingEpochs": 0}, "evalLoss", None),
+        (GOLDEN, None, None),
+        (GOLDEN | {"training.bestMetric": "rougeL", "training.earlyStoppingEpochs": 1}, "rougeL", 1),
+    ],
+)
+def test_the_best_adapter_is_chosen_where_there_is_something_to_choose_by(
+    edits: Raw, best: str | None, patience: int | None
+) -> None:
+    plan = planned("llama-3.1-8b", 1024, edits, CLUSTER)
+    assert (plan.recipe.best_metric, plan.recipe.early_stopping_epochs) == (best, patience)
+    assert ("best adapter" in [item.name for item in plan.disk_items]) == (best is not None)
 
 
 def test_offline_with_a_mirror_is_no_contradiction() -> None:

@@ -18,7 +18,7 @@ from qlora_operator.cli import main
 from qlora_operator.commands.estimate import Knobs
 from qlora_operator.commands.sweep import as_document, curves, parse
 from tests.cluster.settings import REPOSITORY
-from tests.unit.operator.jobs_in_cluster import FILES, ran_out_of_memory_and_waits
+from tests.unit.operator.jobs_in_cluster import FILES, qlora_and_lora, ran_out_of_memory_and_waits
 from tests.unit.operator.test_estimate import described
 from tests.unit.operator.test_watch import Kubectl
 
@@ -35,7 +35,7 @@ def blocks() -> list[tuple[str, str]]:
 def output_of(command: str, directory: Path) -> str:
     """What a command prints in a shell, where kubectl has the plugin and the cluster has the job of the page."""
     kubectl = Kubectl(directory / "bin")
-    kubectl.play(json.dumps(ran_out_of_memory_and_waits()))
+    kubectl.play(json.dumps(qlora_and_lora() if " compare " in command else ran_out_of_memory_and_waits()))
     for file in FILES.iterdir():
         shutil.copy(file, directory)
     plugin = directory / "bin" / "kubectl-qlora"
@@ -54,7 +54,7 @@ def output_of(command: str, directory: Path) -> str:
 
 
 def test_every_command_has_its_place_on_the_page():
-    assert {command.split()[2] for command, _ in blocks()} == {"plan", "explain", "estimate"}
+    assert {command.split()[2] for command, _ in blocks()} == {"plan", "explain", "compare", "estimate"}
 
 
 def test_the_page_has_the_exit_codes_that_help_tells(capsys: pytest.CaptureFixture[str]):

@@ -185,11 +185,12 @@ def test_what_the_order_names_is_mounted(name: str, task: Task) -> None:
     assert sorted(volumes) == sorted({mount["name"] for mount in container["volumeMounts"]})
 
 
-SECRETS = {
-    Stage.INSPECT: {"read-only", "held-out", "write.results"},  # it tries the store that publish will write to
-    Stage.TRAIN: {"read-only", "held-out"},
-    Stage.MERGE: {"read-only"},
-    Stage.PUBLISH: {"write.results"},
+SECRETS: dict[tuple[str, Stage], set[str]] = {
+    ("stores", Stage.INSPECT): {"read-only", "held-out", "write.results"},  # it tries the store that publish writes to
+    ("stores", Stage.TRAIN): {"read-only", "held-out"},
+    ("stores", Stage.MERGE): {"read-only"},
+    ("stores", Stage.PUBLISH): {"write.results"},
+    ("full", Stage.TRAIN): {"judge-token"},
 }
 
 
@@ -199,7 +200,7 @@ def test_a_stage_is_given_the_secrets_that_it_needs_and_no_others(name: str, tas
     [container] = spec["containers"]
     volumes = {volume["name"]: volume["secret"] for volume in spec["volumes"] if "secret" in volume}
     mounts = {mount["name"]: mount for mount in container["volumeMounts"] if mount["name"] in volumes}
-    assert {secret["secretName"] for secret in volumes.values()} == (SECRETS[task.stage] if name == "stores" else set())
+    assert {secret["secretName"] for secret in volumes.values()} == SECRETS.get((name, task.stage), set())
     for volume, secret in volumes.items():
         assert mounts[volume]["mountPath"] == f"/credentials/{secret['secretName']}"
         assert mounts[volume]["readOnly"] is True

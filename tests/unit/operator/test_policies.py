@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from qlora_api.exchange import Verdict
 from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, Usage, WorkVolume
 from qlora_operator.lifecycle.attempting import template_of
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Seen, Stopping
@@ -479,6 +480,29 @@ def test_training_brings_scores_loss_measured_memory_and_the_adapter() -> None:
     assert status.plan is not None
     assert status.plan.memory.measured_bytes == 3 * given.GIB
     assert [(a.name, a.state, a.digest) for a in status.artifacts] == [("adapter", "Made", "sha256:adapter")]
+
+
+def test_a_gate_that_does_not_hold_fails_the_job_with_the_scores_and_publishes_nothing() -> None:
+    of = job(FULL, INSPECT)
+    verdict = Verdict(metric="exactMatch", bound="min", limit=0.8, base=0.1, tuned=0.7, passed=False)
+    result = given.RESULTS[TRAIN.stage].model_copy(update={"gates": [verdict], "selected_step": 8})
+    report = given.report(TRAIN, failure="evaluation.gates: exactMatch is to be at least 0.8 and is 0.7")
+    report = report.model_copy(update={"result": result.model_dump(mode="json", by_alias=True, exclude_none=True)})
+    ended = replace(given.exited(11), report=report)
+    recorded = next_step(of, given.seen(of, {"train-1": ended}), NOW)
+    after = Job(of.metadata, of.spec, recorded.status)
+    step = next_step(after, given.seen(after), NOW)
+    assert (recorded.actions, step.actions) == ((), ())
+    status = step.status
+    assert status.phase is Phase.FAILED
+    assert status.attempts[-1].outcome == "GateFailed"
+    assert "train-1 did not pass a gate: evaluation.gates: exactMatch is to be" in (status.message or "")
+    assert status.evaluation is not None
+    assert (status.evaluation.gates, status.evaluation.selected_step) == ((verdict,), 8)
+    assert [(s.metric, s.tuned) for s in status.evaluation.scores] == [("exactMatch", 0.7)]
+    assert [(a.name, a.state) for a in status.artifacts] == [("adapter", "Made")]
+    assert status.work_volume is not None
+    assert status.work_volume.retained
 
 
 def test_both_artifacts_end_up_published_in_whichever_order() -> None:

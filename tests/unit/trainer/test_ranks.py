@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_api.exchange import ExitCode, TrainOrder, parse_report
+from qlora_api.exchange import DataSource, EvaluationOrder, ExitCode, GateOrder, TrainOrder, TrainResult, parse_report
 from qlora_operator.sizing.training import attention_by_default
 from qlora_trainer.adapter import with_adapter
-from qlora_trainer.failures import BadInput
+from qlora_trainer.failures import BadInput, GateFailed
 from qlora_trainer.launch import Word, cause
 from qlora_trainer.model import BaseModel, shape_of
 from qlora_trainer.quantization import load_for_training
@@ -32,7 +32,7 @@ from qlora_trainer.training import train
 from qlora_trainer.weights import read_weights
 
 from ..families import CONFIGS
-from .conftest import Place, recipe_of
+from .conftest import THINGS, Place, chat, recipe_of, write_jsonl
 from .test_training import losses
 
 CPU = torch.device("cpu")
@@ -133,6 +133,34 @@ def test_any_number_of_ranks_learns_the_same(place: Place, ranks: int, sharded: 
     assert losses(place) == pytest.approx(expected, rel=1e-4)
     alone = train(order.model_copy(update={"recipe": order.recipe.model_copy(update={"seed": 8})}), place.pod)
     assert report.result["evalLoss"] != alone.eval_loss, "the comparison would see another training"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sharded", [True, False])
+def test_ranks_select_and_pass_judgement_as_one_does(place: Place, sharded: bool) -> None:
+    """Held-out answers that contradict what is learned: all ranks stop at one step, and leave the same adapter."""
+    wrong = [chat(f"What is a {thing}?", "a thing that nobody knows") for thing in THINGS]
+    write_jsonl(place.claims / "data" / "eval.jsonl", wrong)
+    recipe = {"max_steps": None, "epochs": 12.0, "best_metric": "evalLoss", "early_stopping_epochs": 1}
+    gates = [GateOrder(metric="exactMatch", min=1.0), GateOrder(metric="evalLoss", max_drop_from_base=100)]
+    order = place.train_order(
+        place.data(eval=DataSource(uri="pvc://data/eval.jsonl")), SHARED | recipe,
+        evaluation=EvaluationOrder(metrics=["exactMatch", "perplexity"], gates=gates), micro_batch_size=1,
+    )  # fmt: skip
+    with pytest.raises(GateFailed) as alone:
+        train(order, place.pod)
+    shutil.rmtree(place.work)
+    expected = alone.value.result
+    assert expected.stopped_early
+
+    code, output, report = ended(place, started(place, on(2, order, sharded=sharded)))
+    assert code == ExitCode.GATE_FAILED, output
+    found = TrainResult.model_validate(report.result)
+    assert (found.steps, found.selected_step) == (expected.steps, expected.selected_step)
+    assert [score.metric for score in found.scores] == ["exactMatch", "perplexity", "evalLoss"]
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        assert (one.base, one.tuned) == pytest.approx((other.base, other.tuned), rel=1e-3)
+    assert (place.work / "report" / "evaluation.html").is_file()
 
 
 @pytest.mark.soak
