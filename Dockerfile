@@ -5,8 +5,6 @@
 # proxy with its own authority, give `--secret id=pip.conf,src=...` and `--secret id=ca.pem,src=...` (cert=/run/ca.pem in
 # the former): they are mounted while pip runs and leave no trace.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
-# What the trainer stands on: its dependencies, or these and the attention kernels of the stage trainer-kernels.
-ARG KERNELS=dependencies
 
 # Dependencies: one layer that changes only with the lock. pip is used from outside the environment and is not in it.
 # The Kubernetes client's generated code (75 MB of source) is shipped compiled only.
@@ -38,10 +36,10 @@ RUN --mount=type=secret,id=pip.conf,target=/run/pip.conf --mount=type=secret,id=
     && rm -rf /tmp/installer
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 
-# Attention kernels beside torch's own, not built by default. FlashAttention comes as wheels for one torch, CUDA and Python
+# Attention kernels beside torch's own: none by default. FlashAttention comes as wheels for one torch, CUDA and Python
 # each, which no lock can name: give what pip is to install. flex_attention compiles its kernels where it runs.
-#   --build-arg KERNELS=kernels --build-arg FLASH_ATTENTION="einops https://…/flash_attn-….whl"
-#   --build-arg KERNELS=kernels --build-arg COMPILER="gcc libc6-dev"
+#   --build-arg FLASH_ATTENTION="einops https://…/flash_attn-….whl"
+#   --build-arg COMPILER="gcc libc6-dev"
 FROM trainer-dependencies AS trainer-kernels
 ARG FLASH_ATTENTION=
 ARG COMPILER=
@@ -72,7 +70,7 @@ COPY --from=operator-code /app /app
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "qlora_operator"]
 
-FROM trainer-${KERNELS} AS trainer
+FROM trainer-kernels AS trainer
 COPY --from=trainer-code /app /app
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "qlora_trainer"]
