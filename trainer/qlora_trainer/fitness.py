@@ -81,7 +81,7 @@ def _require_attention(recipe: Recipe, has: Equipment) -> None:
     if package and package not in has.packages:
         raise BadInput(
             f"training.attention: {attention} needs the package {package}, which this image does not have: "
-            f"build the trainer image with --build-arg KERNELS=kernels --build-arg FLASH_ATTENTION=…, or {instead}"
+            f"build the trainer image with --build-arg FLASH_ATTENTION=…, or {instead}"
         )
     if package and recipe.compute_dtype == "float32":
         raise BadInput(
@@ -91,7 +91,7 @@ def _require_attention(recipe: Recipe, has: Equipment) -> None:
     if attention in COMPILED and not has.compiler:
         raise BadInput(
             f"training.attention: {attention} is compiled where it runs and this image has no C compiler: build the "
-            f"trainer image with --build-arg KERNELS=kernels --build-arg COMPILER=gcc, or {instead}"
+            f"trainer image with --build-arg COMPILER=gcc, or {instead}"
         )
 
 
