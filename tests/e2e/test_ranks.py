@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
-from tests.cluster import gpus, kwok
-from tests.cluster.client import Manifest
+from tests.cluster import gpus, kwok, settings
+from tests.cluster.client import KubectlError, Manifest
 from tests.e2e.conftest import GPU_TAINT, Product, tiny
 from tests.e2e.processes import kill
 
@@ -18,8 +20,7 @@ IN_ONE_POD, IN_TWO_PODS = "two-ranks", "two-pods"
 
 @pytest.fixture(scope="module")
 def applied(product: Product) -> Iterator[None]:
-    """Both jobs, at the same time. Of the two nodes that the second is planned on one takes no pods, so that both come
-    to lie on the one that is real."""
+    """Both jobs, at the same time. The second is planned on two nodes, of which one is real: the other takes no pods."""
     cluster = product.cluster
     gpus.give(cluster, gpus.A2, 4)
     labels, room = gpus.labels(gpus.A2, 4), {gpus.RESOURCE: "4", "pods": "0"}
@@ -34,15 +35,37 @@ def applied(product: Product) -> Iterator[None]:
     gpus.give(cluster, gpus.A2, 1)
 
 
+def bind_those_that_wait(product: Product) -> None:
+    """Put ranks on the one real node that the scheduler will not put there: it keeps those of a training apart."""
+    for pod in product.pods(IN_TWO_PODS, "train"):
+        if pod["status"]["phase"] != "Pending" or pod["spec"].get("nodeName"):
+            continue
+        name = pod["metadata"]["name"]
+        binding = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": {"name": name},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": settings.NODE},
+        }
+        place = f"/api/v1/namespaces/{product.namespace}/pods/{name}/binding"
+        with suppress(KubectlError):  # the scheduler was quicker, or the volume is not bound yet
+            product.cluster.kubectl("create", "--raw", place, "--filename=-", stdin=json.dumps(binding))
+
+
 def test_a_rank_that_is_killed_costs_an_attempt_and_the_job_goes_on(product: Product, applied: None) -> None:
     """FSDP2 over two pods: when one dies the other is stopped, and both go on from the last checkpoint."""
     cluster, namespace = product.cluster, product.namespace
 
     def ranks() -> list[Manifest]:
+        bind_those_that_wait(product)
         return sorted(
             (pod for pod in product.pods(IN_TWO_PODS, "train") if pod["status"]["phase"] == "Running"),
             key=lambda pod: pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"],
         )
+
+    def job() -> Manifest:
+        bind_those_that_wait(product)
+        return product.job(IN_TWO_PODS)
 
     cluster.wait("both pods run", ranks, lambda pods: len(pods) == 2, 400, namespace, 1)
     cluster.wait(
@@ -55,7 +78,11 @@ def test_a_rank_that_is_killed_costs_an_attempt_and_the_job_goes_on(product: Pro
     )
     kill(ranks()[1], "qlora_trainer")
 
-    done = product.wait_for(IN_TWO_PODS, "Succeeded", timeout=600)
+    def over(job: Manifest) -> bool:
+        assert job["status"]["phase"] != "Failed", job["status"]["message"]
+        return job["status"]["phase"] == "Succeeded"
+
+    done = cluster.wait("it succeeds", job, over, 600, namespace, 1)
     assert (done["status"]["plan"]["sharded"], done["status"]["plan"]["nodes"]) == (True, 2)
     trainings = [attempt for attempt in done["status"]["attempts"] if attempt["stage"] == "train"]
     assert [attempt["outcome"] for attempt in trainings][-1] == "Succeeded"
