@@ -20,7 +20,7 @@ IN_ONE_POD, IN_TWO_PODS = "two-ranks", "two-pods"
 
 @pytest.fixture(scope="module")
 def applied(product: Product) -> Iterator[None]:
-    """Both jobs, at the same time. The second is planned on two nodes, of which one is real: the other takes no pods."""
+    """Both jobs, at the same time. The second is planned on two nodes; one of them is real, the other takes no pods."""
     cluster = product.cluster
     gpus.give(cluster, gpus.A2, 4)
     labels, room = gpus.labels(gpus.A2, 4), {gpus.RESOURCE: "4", "pods": "0"}
