@@ -22,8 +22,8 @@ IN_ONE_POD, IN_TWO_PODS = "two-ranks", "two-pods"
 def applied(product: Product) -> Iterator[None]:
     """Both jobs, at the same time. The second is planned on two nodes; one of them is real, the other takes no pods."""
     cluster = product.cluster
-    gpus.give(cluster, gpus.A2, 4)
-    labels, room = gpus.labels(gpus.A2, 4), {gpus.RESOURCE: "4", "pods": "0"}
+    gpus.give(cluster, gpus.A2, 8)
+    labels, room = gpus.labels(gpus.A2, 8), {gpus.RESOURCE: "8", "pods": "0"}
     full = kwok.create_nodes(cluster, "gpu-full", 1, labels, room, taints=[GPU_TAINT])
     nvidia = {"accelerator": "nvidia"}
     product.apply(tiny(IN_ONE_POD, 6, hardware={**nvidia, "gpus": 2}))
@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_costs_an_attempt_and_the_job_goes_on(product: Pro
     assert (done["status"]["plan"]["sharded"], done["status"]["plan"]["nodes"]) == (True, 2)
     trainings = [attempt for attempt in done["status"]["attempts"] if attempt["stage"] == "train"]
     assert [attempt["outcome"] for attempt in trainings][-1] == "Succeeded"
-    assert len(trainings) == 2
+    assert len(trainings) == 2, trainings
     assert "killed" in trainings[0]["message"]
     assert "resumed from step" in product.logs(IN_TWO_PODS, "train")
 
@@ -96,4 +96,6 @@ def test_two_ranks_in_a_pod_each_have_the_model(product: Product, applied: None)
     plan = done["status"]["plan"]
     assert (plan["gpus"], plan["nodes"], plan["sharded"]) == (2, 1, False)
     assert plan["microBatchSize"] * plan["gradientAccumulation"] * 2 == plan["recipe"]["effectiveBatchSize"]
-    assert [attempt["outcome"] for attempt in done["status"]["attempts"]] == ["Succeeded"] * 3
+    assert [attempt["outcome"] for attempt in done["status"]["attempts"]] == ["Succeeded"] * 3, done["status"][
+        "attempts"
+    ]
