@@ -28,6 +28,7 @@ def applied(product: Product) -> Iterator[None]:
     nvidia = {"accelerator": "nvidia"}
     product.apply(tiny(IN_ONE_POD, 6, hardware={**nvidia, "gpus": 2}))
     sharded = tiny(IN_TWO_PODS, 60, hardware={**nvidia, "gpus": 2, "nodes": 2}, checkpoint={"every": "3s"})
+    sharded["spec"]["storage"] = {"retain": "Keep"}  # and the finished pods with it, whose logs are read
     sharded["spec"]["training"]["offload"] = "parameters"
     product.apply(sharded)
     yield
