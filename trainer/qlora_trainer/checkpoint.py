@@ -119,15 +119,19 @@ class Checkpoints:
 
 
 def _refuse_others(root: Path, bound: Mapping[str, Any]) -> None:
-    """Raises BadInput when `root` holds checkpoints that can only be of other facts than `bound`."""
-    manifests = sorted(root.glob(f"*/step-*/{_MANIFEST}"))
-    if not manifests:
+    """Raises BadInput when `root` holds checkpoints that can only be of other facts than `bound`.
+
+    Those of an older version do not say of what they are: they are left alone, and the training begins anew.
+    """
+    said = []
+    for manifest in sorted(root.glob(f"*/step-*/{_MANIFEST}")):
+        try:
+            said.append(json.loads(manifest.read_text(encoding="utf-8"))["bound"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.info("checkpoint %s is not used: it does not say of what training it is (%s)", manifest.parent, error)
+    if not said:
         return
-    try:
-        theirs = json.loads(manifests[-1].read_text(encoding="utf-8"))["bound"]
-        what = "; ".join(differences(theirs, bound))
-    except (OSError, ValueError, KeyError, AttributeError):
-        what = "they do not say what"
+    what = "; ".join(differences(said[-1], bound))
     raise BadInput(
         f"the checkpoints in {root} are of another training: {what}. Put that back, or begin anew: apply the job under "
         "another name, or remove the checkpoints"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from qlora_trainer.environment import log
@@ -82,8 +83,14 @@ def answers(
     name: str = "",
     alive: Alive = lambda: None,
 ) -> list[str]:
-    """The model's most likely answer to each prompt, up to its end-of-turn token; special tokens are left out."""
-    device = next(model.parameters()).device
+    """The model's most likely answer to each prompt, up to its end-of-turn token; special tokens are left out.
+
+    Of a model that ranks share, all of them have to ask for the same.
+    """
+    first = next(model.parameters())
+    device = first.device
+    # a rank whose answers end earlier goes on until all have ended: the others need its part of the weights
+    shared = isinstance(first, DTensor) and first.device_mesh.size() > 1
     stops = stop_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = [""] * len(prompts)
@@ -99,6 +106,7 @@ def answers(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
+            synced_gpus=shared,
             num_beams=1,
             use_cache=True,
             max_new_tokens=max_new_tokens,

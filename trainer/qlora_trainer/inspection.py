@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_api.exchange import Inspection, InspectOrder, TokenCounts
+from qlora_api.exchange import Inspection, InspectOrder, TokenCounts, succeeded
 from qlora_api.findings import ENOUGH_EVAL_EXAMPLES, FindingCode
-from qlora_trainer.data import GOLDEN, Corpus, leak_key, read_corpus
+from qlora_trainer.data import CANARY, GOLDEN, Corpus, leak_key, read_corpus
 from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
 from qlora_trainer.formats import Mistake
@@ -90,7 +90,7 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         log.info(
             "%s: %s %d%s", finding.severity, finding.code, finding.count, f", {finding.example}" * bool(finding.example)
         )
-    return Inspection(
+    found = Inspection(
         architecture=base.architecture,
         model_digest=base.digest,
         data_digest=corpus.digest,
@@ -118,6 +118,28 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         model_revision=revisions.pop(MODEL, None),
         data_revisions=revisions,
     )
+    return _that_fits(order, found)
+
+
+def _that_fits(order: InspectOrder, found: Inspection) -> Inspection:
+    """`found` as a termination message can hold it: places of findings go first, then the least grave findings.
+
+    All of them are in the log.
+    """
+    while True:
+        try:
+            succeeded(order, found).fitted()
+            return found
+        except ValueError:
+            findings = list(found.findings)
+            placed = [number for number, finding in enumerate(findings) if finding.example]
+            if placed:
+                findings[placed[-1]] = findings[placed[-1]].model_copy(update={"example": None})
+            elif findings:
+                findings.pop()
+            else:
+                raise
+            found = found.model_copy(update={"findings": findings})
 
 
 def _compare(corpus: Corpus) -> int:
@@ -170,8 +192,12 @@ def _try_held_out(corpus: Corpus, tokenise: Tokenisation) -> None:
     """Whether the tokenizer takes the first of what is held out: train meets it hours later."""
     from qlora_trainer.sequences import prompt_tokens, require_chat_template
 
-    golden: list[tuple[str, Any]] = [(f"{GOLDEN} example {n}", found) for n, found in enumerate(corpus.golden, start=1)]
-    for where, example in (*islice(corpus.eval.placed(), HELD_OUT_TRIED), *golden[:HELD_OUT_TRIED]):
+    known: list[tuple[str, Any]] = [
+        (f"{name} example {number}", example)
+        for name, examples in ((GOLDEN, corpus.golden), (CANARY, corpus.canary))
+        for number, example in enumerate(examples[:HELD_OUT_TRIED], start=1)
+    ]
+    for where, example in (*islice(corpus.eval.placed(), HELD_OUT_TRIED), *known):
         if example.format == "messages":
             require_chat_template(tokenise.tokenizer)
         try:

@@ -23,6 +23,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from qlora_api.exchange import JudgeOrder
 from qlora_trainer.environment import Pod
+from qlora_trainer.failures import BadInput
 
 TIMEOUT_SECONDS = 60.0
 TRIES = 5
@@ -115,15 +116,18 @@ class Judge:
         try:
             request = urllib.request.Request(where, json.dumps(body).encode(), headers)
             with _opener(self.authorities).open(request, timeout=TIMEOUT_SECONDS) as response:
-                return json.load(response)["choices"][0]["message"]["content"] or ""
+                content = json.load(response)["choices"][0]["message"]["content"] or ""
+            if not isinstance(content, str):
+                raise TypeError("its content is not text")
+            return content
         except urllib.error.HTTPError as error:
             if error.code == 429 or error.code >= 500:
                 raise _Again(f"{where}: {error.code} {error.reason}") from error
             raise JudgeUnusable(f"{where}: {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
             raise _Again(f"{where}: {getattr(error, 'reason', None) or error}") from error
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise JudgeUnusable(f"{where}: this is no chat completion ({type(error).__name__}: {error})") from error
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise JudgeUnusable(f"{where}: this is no chat completion ({type(error).__name__})") from error
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -153,4 +157,7 @@ def open_judge(order: JudgeOrder, seed: int, pod: Pod) -> Judge:
         path = directory / name if directory else None
         return path.read_text(encoding="utf-8").strip() or None if path and path.is_file() else None
 
-    return Judge(order, seed, key("token"), key("caBundle"))
+    token = key("token")
+    if token and not re.fullmatch(r"[!-~]+", token):  # it would be named in an error of the client, and so in the log
+        raise BadInput(f"evaluation.judge.credentialsSecretRef: the token in {order.secret} is not one line of ASCII")
+    return Judge(order, seed, token, key("caBundle"))

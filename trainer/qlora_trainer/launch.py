@@ -31,6 +31,8 @@ class Word:
     code: int
     report: str
     at: float
+    #: Whether it ended for a reason that the trainer knows, and not for an error that nobody foresaw.
+    foreseen: bool = True
 
 
 def launch(order: TrainOrder, report_path: Path) -> int:
@@ -41,16 +43,20 @@ def launch(order: TrainOrder, report_path: Path) -> int:
         os.environ[WORDS_ENV] = words
         config, command, arguments = config_from_args(parse_args(["-m", "qlora_trainer"]))
         killed: dict[int, int] = {}
+        told = False
         try:
             elastic_launch(config, command)(*arguments)
         except ChildFailedError as error:
             killed = {rank: -found.exitcode for rank, found in error.failures.items() if found.exitcode < 0}
         except SignalException:
+            told = True
             log.info("told to stop, and so were the ranks")
         left = words_in(Path(words))
-    end = cause(left, killed)
+    end = cause(left, killed, told=told)
     if end is None:
         code, message = 1, "the ranks ended without a word; the pod's log has what they wrote"
+        if told:
+            code, message = ExitCode.INTERRUPTED, "told to stop before there was anything to save"
         report_path.write_text(failed(order, message).fitted(), encoding="utf-8")
         return code
     report = end.report or failed(order, _was_killed(end)).fitted()
@@ -58,10 +64,12 @@ def launch(order: TrainOrder, report_path: Path) -> int:
     return end.code
 
 
-def leave_word(environment: Mapping[str, str], code: int, report: str) -> None:
+def leave_word(environment: Mapping[str, str], code: int, report: str, *, foreseen: bool) -> None:
     """Say how this rank ended, whole or not at all."""
     path = Path(environment[WORDS_ENV]) / environment["RANK"]
-    path.with_suffix(".partial").write_text(json.dumps({"code": code, "report": report}), encoding="utf-8")
+    path.with_suffix(".partial").write_text(
+        json.dumps({"code": code, "report": report, "foreseen": foreseen}), encoding="utf-8"
+    )
     path.with_suffix(".partial").replace(path)
 
 
@@ -75,18 +83,20 @@ def words_in(directory: Path) -> list[Word]:
     return sorted(found, key=lambda word: (word.at, word.rank))
 
 
-def cause(words: Sequence[Word], killed: Mapping[int, int]) -> Word | None:
-    """Which end explains the others. `killed` has the ranks that a signal ended, and its number.
+def cause(words: Sequence[Word], killed: Mapping[int, int], *, told: bool) -> Word | None:
+    """Which end explains the others. `killed` has the ranks that a signal ended, and its number; `told` says whether
+    the pod was told to stop.
 
-    A rank that knows why it ended comes first, then one that was killed, then those that were told to stop, and last
-    those that met something unforeseen: a rank whose neighbour is gone fails in many ways.
+    A rank that knows why it ended comes first, then one that was killed. torchrun tells all to stop when one fails, and
+    a rank whose neighbour is gone fails in many ways: which of these counts depends on whether the pod was told.
     """
-    known = [word for word in words if word.code in set(ExitCode) - {ExitCode.SUCCEEDED, ExitCode.INTERRUPTED}]
+    ended = [word for word in words if word.code != ExitCode.SUCCEEDED]
+    stopped = [word for word in ended if word.code == ExitCode.INTERRUPTED]
+    known = [word for word in ended if word.foreseen and word not in stopped]
+    unforeseen = [word for word in ended if not word.foreseen]
     dead = [Word(rank, 128 + number, "", 0.0) for rank, number in sorted(killed.items())]
-    stopped = [word for word in words if word.code == ExitCode.INTERRUPTED]
-    succeeded = [word for word in words if word.code == ExitCode.SUCCEEDED]
-    unforeseen = [word for word in words if word.code not in set(ExitCode)]
-    return next(iter((*known, *dead, *stopped, *unforeseen, *succeeded)), None)
+    last = (*stopped, *unforeseen) if told else (*unforeseen, *stopped)
+    return next(iter((*known, *dead, *last, *(word for word in words if word.code == ExitCode.SUCCEEDED))), None)
 
 
 def _was_killed(word: Word) -> str:

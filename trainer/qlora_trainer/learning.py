@@ -129,9 +129,9 @@ def learn(
                 f"told to stop at step {progress.step} of {learning.steps}; the next attempt goes on there"
             )
 
-        scaler.unscale_(optimizer)
         if not learning.sharded:
-            ranks.sum_gradients(weights)
+            ranks.sum_gradients(weights)  # before they are unscaled, so that all ranks see the same infinities
+        scaler.unscale_(optimizer)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)))
         loss, all_pads = ranks.total(float(part_of_loss), pads)
         if health.allows(step + 1, loss, norm):

@@ -98,7 +98,8 @@ def main() -> int:
         unforeseen = code == 1 and not isinstance(error, StageError)
         log.error("%s", message, exc_info=error if unforeseen or log.isEnabledFor(logging.DEBUG) else None)
         result = error.result if isinstance(error, GateFailed) else None
-        _tell(report_path, code, failed(order, message, result).fitted() if order else _without_order(message))
+        report = failed(order, message, result).fitted() if order else _without_order(message)
+        _tell(report_path, code, report, foreseen=not unforeseen)
         return code
     finally:
         if watchdog:
@@ -115,12 +116,12 @@ def _give_up(order: Order | None, report_path: Path, reason: str) -> None:
     os._exit(ExitCode.STALLED)
 
 
-def _tell(path: Path, code: int, report: str) -> None:
+def _tell(path: Path, code: int, report: str, *, foreseen: bool = True) -> None:
     """Leave the report where the pod's is, or, for one process of several, for the one that has started it."""
     if "RANK" in os.environ:
         from qlora_trainer.launch import leave_word
 
-        leave_word(os.environ, code, report)
+        leave_word(os.environ, code, report, foreseen=foreseen)
     else:
         path.write_text(report, encoding="utf-8")
 

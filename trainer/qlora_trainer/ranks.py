@@ -63,9 +63,12 @@ class Ranks:
 
     def sum_gradients(self, weights: list[torch.nn.Parameter]) -> None:
         """Add up the gradients of weights that every rank has whole; in one message, for adapters are small."""
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        if self.size == 1 or not gradients:
+        if self.size == 1:
             return
+        for weight in weights:  # what a rank's examples did not reach, another's may have
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         start = 0
@@ -97,10 +100,9 @@ def meeting(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size())
+    # a rank that fails leaves as it stands: taking NCCL down waits for the others, who wait for it in a collective
+    dist.destroy_process_group()
 
 
 def mesh_of(ranks: Ranks, device: torch.device) -> DeviceMesh:

@@ -120,12 +120,13 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     elif recipe.dora or recipe.init == "loftq":
         load_adapter(model, ranks.from_first(lambda: started(model, recipe, base)))
 
+    peak = peak_flops(device_name(device), recipe.compute_dtype)
     recorder = Recorder(
         pod.watchers,
         progress,
         steps=steps,
         steps_per_epoch=recipe.steps_per_epoch(len(rows)),
-        work=Work(base.shape, adapter_parameters, peak_flops(device_name(device), recipe.compute_dtype)),
+        work=Work(base.shape, adapter_parameters, peak and peak * ranks.size),
         device=device,
     )
     # what it is looked at by on its way, and at its end
@@ -165,6 +166,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         found = ranks.from_first(lambda: judged(answered, judge, recorder.alive))
     held_out = dict(progress.eval_losses)
     eval_loss = held_out.get(progress.step if selected_step is None else selected_step)
+    if eval_loss is not None and not math.isfinite(eval_loss):
+        eval_loss = None
     if eval_loss is not None and any(gate.metric == "evalLoss" for gate in asked.gates):
         before = examiner.loss(eval_rows, base=True)
         found.scores.append(Score(metric="evalLoss", base=before, tuned=eval_loss, examples=len(eval_rows)))
@@ -172,13 +175,14 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     passed = verdicts(asked.gates, scores)
 
     ranks.wait()
-    tail = [loss for loss in progress.losses[-max(1, len(progress.losses) // 10) :] if math.isfinite(loss)]
+    finite = [loss for loss in progress.losses if math.isfinite(loss)]
+    tail = finite[-max(1, len(finite) // 10) :]
     result = TrainResult(
         adapter_digest=directory_digest(adapter_dir),
         adapter_bytes=directory_bytes(adapter_dir),
         steps=progress.step,
         epochs=round(progress.step / recipe.steps_per_epoch(len(rows)), 4),
-        train_loss=sum(tail) / len(tail) if tail else progress.losses[0],
+        train_loss=sum(tail) / len(tail) if tail else 0.0,
         eval_loss=eval_loss,
         tokens=progress.tokens,
         padding_percent=round(100 * progress.padding, 1),

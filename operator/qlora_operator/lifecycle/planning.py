@@ -70,21 +70,10 @@ def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
     ran_out = any(attempt.outcome == Outcome.OUT_OF_MEMORY for attempt in status.attempts)
     if old is None or not ran_out or made.micro_batch_size < old.micro_batch_size:
         return made
-    if (old.flavour, old.gpus) != (made.flavour, made.gpus):
+    if (old.flavour, old.gpus) != (made.flavour, made.gpus) or status.inspection is None:
         return made
-    kept = (
-        "recipe",
-        "micro_batch_size",
-        "gradient_accumulation",
-        "memory",
-        "host_memory_bytes",
-        "host_memory_items",
-        "estimated_seconds",
-        "estimated_gpu_hours",
-    )
-    headroom = made.memory.headroom_percent
-    kept_plan = made.model_copy(update={name: getattr(old, name) for name in kept})
-    return kept_plan.model_copy(update={"memory": old.memory.model_copy(update={"headroom_percent": headroom})})
+    alike = made.model_copy(update={"sharded": old.sharded})
+    return planner.resized(alike, status.inspection, old.recipe, old.micro_batch_size)
 
 
 def planned_for(job: Job) -> str:

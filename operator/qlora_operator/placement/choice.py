@@ -294,7 +294,7 @@ class _Search:
             return self._no_layout(flavour)
         tried = [(layout, recipe, share) for layout in possible for _, recipe, share in self._ways(layout)]
         if not tried:
-            return "models with experts are not shared between GPUs: set hardware.gpus to 1, or leave offload out"
+            return f"{self._not_shared(self._recipes(1)[-1])}: set hardware.gpus to 1, or leave offload out"
         able = [way for way in tried if micro_batches(way[1], wishes.micro_batch_size, way[0].gpus)]
         if not able:
             effective = tried[0][1].effective_batch_size
@@ -311,12 +311,18 @@ class _Search:
             f"{flavour.memory_bytes / GIB:.1f} GiB ×{layout.gpus}: {recipe.method} at micro-batch {size} × "
             f"{recipe.max_length} tokens needs {need / GIB:.1f} GiB, short by {short / GIB:.1f} GiB"
         )
-        if layout.gpus > 1 == share and self._shape.experts:
-            sentence += "; models with experts are not shared between GPUs"
-        elif layout.gpus > 1 == share:
-            sentence += f"; weights that {layout.gpus} GPUs share the optimizer {recipe.optimizer} cannot step"
+        if layout.gpus > 1 == share:
+            sentence += f"; {self._not_shared(recipe)}"
         cures = list(self._cures(flavour, layout, recipe, size, share))
         return f"{sentence}; fits {' or '.join(cures)}" if cures else sentence
+
+    def _not_shared(self, recipe: Recipe) -> str:
+        """Why GPUs cannot share the model."""
+        if self._shape.experts:
+            return "models with experts are not shared between GPUs"
+        if _reads_whole_weights(recipe):
+            return f"with {'lora.dora' if recipe.dora else 'lora.init loftq'} GPUs cannot share the model"
+        return f"weights that GPUs share the optimizer {recipe.optimizer} cannot step"
 
     def _no_layout(self, flavour: Flavour) -> str:
         wishes = self._wishes
@@ -334,7 +340,8 @@ class _Search:
         """Changes that a user can make, each tried alone."""
         wishes = self._wishes
         shared = self._with(recipe, "optimizer", SHARED_OPTIMIZER)
-        if layout.gpus > 1 == share and not self._shape.experts and self._fits(shared, size, layout.gpus, flavour):
+        shareable = not self._shape.experts and not _reads_whole_weights(recipe)
+        if layout.gpus > 1 == share and shareable and self._fits(shared, size, layout.gpus, flavour):
             yield f"with training.optimizer {SHARED_OPTIMIZER}"
         if wishes.micro_batch_size and self._fits(recipe, 1, share, flavour) and size > 1:
             yield "with training.microBatchSize 1"
@@ -346,6 +353,8 @@ class _Search:
             if self._fits(self._with(recipe, name, value), size, share, flavour):
                 yield words
         for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
+            if offload == "parameters" and (_reads_whole_weights(recipe) or layout.gpus > 1 == share):
+                continue
             if self._fits(self._with(recipe, "offload", offload), size, share, flavour):
                 yield f"with training.offload {offload}"
                 break
@@ -376,6 +385,10 @@ class _Search:
 
     def _need(self, recipe: Recipe, size: int, gpus: int) -> int:
         return with_headroom(self.memory(recipe, size, gpus).total_bytes, self._wishes.headroom_percent)
+
+
+def _reads_whole_weights(recipe: Recipe) -> bool:
+    return recipe.dora or recipe.init == "loftq"
 
 
 def _as_sold(flavour: Flavour) -> int:

@@ -96,7 +96,7 @@ def _more_of_gpus(
     larger = [flavour for flavour in offers if flavour.memory_bytes > had and flavour.product != plan.flavour]
     found = open_recipes(spec, inspection, None)
     if isinstance(found, Unfit) or not larger:
-        return [f"hardware.gpus {2 * plan.gpus}"]
+        return []
     possible = _on_others(spec, inspection, found, larger, installation, None)
     named = [f"hardware.gpuProducts [{p.flavour.product}] ({p.recipe.method}, {p.layout})" for p in possible]
-    return named[:ALTERNATIVES] or [f"hardware.gpus {2 * plan.gpus}"]
+    return named[:ALTERNATIVES]

@@ -47,6 +47,13 @@ def plan(
         return found
     if refusal := contradiction(spec, installation):
         return refusal
+    if inspection.eval_examples == 0 and any(gate.metric == "evalLoss" for gate in spec.evaluation.gates or ()):
+        return Unfit(
+            "NothingHeldOut",
+            "spec.evaluation.gates: a gate is on evalLoss, and no example is held out: raise dataset.evalFraction, or "
+            "name dataset.eval",
+            final=True,
+        )
     demands = demands_of(spec, installation)
     if spec.hardware.accelerator == CPU:
         return _plan_on_cpu(spec, inspection, found, inventory.largest_memory_bytes(demands))

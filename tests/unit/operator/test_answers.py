@@ -275,7 +275,8 @@ CURES: list[Any] = [
     pytest.param({}, [given.L40S, given.H100], [
         "the micro-batch was 1", "dataset.maxLength below 512", "hardware.gpuProducts [NVIDIA-H100-80GB-HBM3] (lora",
     ], ["L40S", "offload", "gradientCheckpointing", "hardware.gpus"], id="a larger GPU is there"),
-    pytest.param({}, [given.L40S, given.A10], ["hardware.gpus 2"], ["gpuProducts"], id="there is none"),
+    pytest.param({}, [given.L40S, given.A10], ["dataset.maxLength below 512"], ["gpuProducts", "hardware.gpus"],
+                 id="there is none"),
     pytest.param({"hardware.gpuProducts": ["NVIDIA-L40S"]}, [given.L40S, given.H100], [
         "hardware.gpuProducts [NVIDIA-H100-80GB-HBM3]",
     ], [], id="one that the job does not ask for"),

@@ -164,7 +164,7 @@ def test_a_training_that_has_begun_keeps_its_recipe_wherever_it_goes() -> None:
     assert (both.recipe, both.sharded) == (keep, False)
     large = made("llama-3.1-70b", 4096, {"hardware.gpus": 2}, nodes(RTX_4090, 1, 2), keep=keep)
     assert isinstance(large, Unfit), "its 8-bit optimizer cannot be sharded"
-    assert "weights that 2 GPUs share the optimizer paged_adamw_8bit cannot step" in large.message
+    assert "weights that GPUs share the optimizer paged_adamw_8bit cannot step" in large.message
 
 
 def test_gpus_that_each_have_room_for_the_model_do_not_share_it() -> None:

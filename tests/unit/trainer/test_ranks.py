@@ -266,30 +266,39 @@ def test_fused_experts_are_refused(tmp_path: Path, mesh: Any) -> None:
 # --- whose end it was ---
 
 
-def word(rank: int, code: int) -> Word:
-    return Word(rank, code, json.dumps({"rank": rank}), at=float(rank))
+def word(rank: int, code: int, *, foreseen: bool = True) -> Word:
+    return Word(rank, code, json.dumps({"rank": rank}), at=float(rank), foreseen=foreseen)
+
+
+def crashed(rank: int) -> Word:
+    return word(rank, 1, foreseen=False)
+
+
+STOPPED = ExitCode.INTERRUPTED
 
 
 @pytest.mark.parametrize(
-    ("words", "killed", "rank", "code"),
+    ("words", "killed", "told", "rank", "code"),
     [
-        ([word(0, ExitCode.SUCCEEDED), word(1, ExitCode.SUCCEEDED)], {}, 0, 0),
-        ([word(0, 1), word(1, ExitCode.OUT_OF_MEMORY)], {}, 1, ExitCode.OUT_OF_MEMORY),
-        ([word(0, ExitCode.INTERRUPTED), word(1, ExitCode.DIVERGED)], {}, 1, ExitCode.DIVERGED),
-        ([word(0, 1)], {1: 9}, 1, 137),
-        ([word(0, ExitCode.INTERRUPTED), word(2, ExitCode.INTERRUPTED)], {1: 9}, 1, 137),
-        ([word(0, ExitCode.INTERRUPTED), word(1, 1)], {}, 0, ExitCode.INTERRUPTED),
-        ([word(0, 1), word(1, 1)], {}, 0, 1),
-        ([word(0, ExitCode.SUCCEEDED), word(1, 1)], {}, 1, 1),
+        ([word(0, 0), word(1, 0)], {}, False, 0, 0),
+        ([crashed(0), word(1, ExitCode.OUT_OF_MEMORY)], {}, False, 1, ExitCode.OUT_OF_MEMORY),
+        ([word(0, STOPPED), word(1, ExitCode.DIVERGED)], {}, True, 1, ExitCode.DIVERGED),
+        ([crashed(0), word(1, 1)], {}, False, 1, 1),
+        ([crashed(0)], {1: 9}, False, 1, 137),
+        ([word(0, STOPPED), word(2, STOPPED)], {1: 9}, False, 1, 137),
+        ([word(0, STOPPED), crashed(1)], {}, True, 0, STOPPED),
+        ([word(0, STOPPED), crashed(1)], {}, False, 1, 1),
+        ([crashed(0), crashed(1)], {}, False, 0, 1),
+        ([word(0, 0), crashed(1)], {}, False, 1, 1),
     ],
-)  # fmt: skip
-def test_the_rank_that_knows_why_speaks_for_all(
-    words: list[Word], killed: dict[int, int], rank: int, code: int
+)
+def test_the_rank_that_knows_why_speaks(
+    words: list[Word], killed: dict[int, int], told: bool, rank: int, code: int
 ) -> None:
-    found = cause(words, killed)
+    found = cause(words, killed, told=told)
     assert found
     assert (found.rank, found.code) == (rank, code)
 
 
 def test_ranks_without_a_word_have_no_end_to_tell() -> None:
-    assert cause([], {}) is None
+    assert cause([], {}, told=True) is None

@@ -188,12 +188,17 @@ def test_what_may_change_under_a_checkpoint_goes_on_from_it(tmp_path: Path, plac
     assert found.progress.step == 3
 
 
-def test_checkpoints_that_do_not_say_whose_they_are_are_refused_too(tmp_path: Path, place: Place) -> None:
+def test_checkpoints_of_an_older_version_are_left_alone(
+    tmp_path: Path, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They do not say of what they are: an upgrade costs what was learned, and not the job."""
+    caplog.set_level("INFO")
     bare = tmp_path / "0123456789abcdef" / "step-00000003"
     bare.mkdir(parents=True)
     (bare / "manifest.json").write_text('{"binding": "sha256:0"}')
-    with pytest.raises(BadInput, match="they do not say what"):
-        Checkpoints(tmp_path, place.train_order().bound(), keep=2)
+    assert Checkpoints(tmp_path, place.train_order().bound(), keep=2).newest() is None
+    assert "it does not say of what training it is" in caplog.text
+    assert bare.is_dir()
 
 
 def test_a_full_volume_is_told_and_the_checkpoint_before_is_kept(
