@@ -132,7 +132,7 @@ REFUSED = (
         "spec.output.signingKeySecretRef: not supported by this version; remove the field",
         "The field is part of the resource; this version would ignore it, and refuses the job instead.",
         "Remove the field.",
-        {"output": {"signingKeySecretRef": {"name": "key"}}},
+        {"output": {"uri": "pvc://quickstart/models/not-built", "signingKeySecretRef": {"name": "key"}}},
     ),
 )  # fmt: skip
 

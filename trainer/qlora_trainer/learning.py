@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,6 @@ from qlora_trainer.health import Health
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.offloading import activations_offloaded
 from qlora_trainer.optimization import learning_rate
-from qlora_trainer.prepared import Rows
 from qlora_trainer.ranks import ALONE, Ranks, whole, whole_state
 from qlora_trainer.recording import Recorder
 from qlora_trainer.selection import Selection
@@ -36,7 +36,7 @@ class Learning:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     recipe: Recipe
-    rows: Rows
+    rows: Several[Sequence]
     eval_rows: list[Sequence]
     steps: int
     device: torch.device
