@@ -53,14 +53,16 @@ def all_at_once(product: Product) -> Iterator[None]:
     fake = kwok.create_nodes(
         product.cluster, "tiny-gpu", 1, gpus.labels(SMALL_GPU, 8), {gpus.RESOURCE: "8"}, taints=[GPU_TAINT]
     )
-    for trouble in (*REFUSED, *WAITING):
-        product.apply(tiny(trouble.name, 1, **{"planOnly": True, **trouble.spec}))
-    for name in RIVALS:
-        rival = tiny(name, 2)
-        rival["spec"]["output"]["uri"] = "pvc://quickstart/models/the-same"
-        product.apply(rival)
-    yield
-    kwok.delete_nodes(product.cluster, fake)
+    try:
+        for trouble in (*REFUSED, *WAITING):
+            product.apply(tiny(trouble.name, 1, **{"planOnly": True, **trouble.spec}))
+        for name in RIVALS:
+            rival = tiny(name, 2)
+            rival["spec"]["output"]["uri"] = "pvc://quickstart/models/the-same"
+            product.apply(rival)
+        yield
+    finally:
+        kwok.delete_nodes(product.cluster, fake)
 
 
 # --- faults in the middle ---

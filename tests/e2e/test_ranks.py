@@ -25,15 +25,21 @@ def applied(product: Product) -> Iterator[None]:
     gpus.give(cluster, gpus.A2, 8)
     labels, room = gpus.labels(gpus.A2, 8), {gpus.RESOURCE: "8", "pods": "0"}
     full = kwok.create_nodes(cluster, "gpu-full", 1, labels, room, taints=[GPU_TAINT])
+    try:
+        apply_both(product)
+        yield
+    finally:
+        kwok.delete_nodes(cluster, full)
+        gpus.give(cluster, gpus.A2, 1)
+
+
+def apply_both(product: Product) -> None:
     nvidia = {"accelerator": "nvidia"}
     product.apply(tiny(IN_ONE_POD, 6, hardware={**nvidia, "gpus": 2}))
     sharded = tiny(IN_TWO_PODS, 60, hardware={**nvidia, "gpus": 2, "nodes": 2}, checkpoint={"every": "3s"})
     sharded["spec"]["storage"] = {"retain": "Keep"}  # and the finished pods with it, whose logs are read
     sharded["spec"]["training"]["offload"] = "parameters"
     product.apply(sharded)
-    yield
-    kwok.delete_nodes(cluster, full)
-    gpus.give(cluster, gpus.A2, 1)
 
 
 def bind_those_that_wait(product: Product) -> None:
