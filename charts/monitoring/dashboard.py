@@ -139,10 +139,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Gradient norm", "Before clipping. Spikes come before divergence.", "none", (of_job("qlora_grad_norm"),)),
         Panel("Tokens per second", "Over all GPUs of the job.", "none", (of_job("qlora_tokens_per_second"),)),
         Panel(
-            "Model FLOPs utilisation",
-            "The share of the GPUs' peak that learning takes. Not told where the peak is not known.",
+            "Model FLOPs utilisation, padding",
+            "The share of the GPUs' peak that learning takes, where the peak is known; pad tokens among all.",
             "percentunit",
-            (of_job("qlora_mfu_ratio"),),
+            (of_job("qlora_mfu_ratio", f"{JOB} MFU"), of_job("qlora_padding_ratio", f"{JOB} padding")),
             width=6,
         ),
         Panel("Tokens", "Learned from, over all attempts.", "short", (of_job("qlora_tokens_total"),), width=6),
