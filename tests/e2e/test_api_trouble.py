@@ -124,7 +124,8 @@ def test_an_api_server_that_refuses_one_call_in_three(scene: Scene) -> None:
     assert "again in" in scene.log.read_text(), "it backed off"
 
 
-@pytest.mark.parametrize("seconds", [15, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("seconds", [15, 60])
 def test_an_api_server_that_is_away(scene: Scene, seconds: int) -> None:
     before = scene.apply(f"before-{seconds}", 2)
     scene.settle(before)
@@ -143,6 +144,7 @@ def test_watches_that_are_cut_and_not_to_be_had(scene: Scene) -> None:
     scene.settle(["watched-0", *scene.apply("unseen", 3)])
 
 
+@pytest.mark.soak
 def test_watches_that_are_expired(scene: Scene) -> None:
     """410 Gone: what changed since is never told. A job deleted meanwhile leaves no ghost."""
     names = scene.apply("expired", 3)

@@ -90,7 +90,7 @@ def story(product: Product, all_at_once: None) -> Story:
     cluster, namespace, told = product.cluster, product.namespace, Story()
     often = {"checkpoint": {"every": "2s"}}
     survivor = tiny(SURVIVOR, STEPS, "adapter", "merged", **often)
-    for job in (survivor, tiny(DOOMED, 4000, **often), tiny(GHOST, 4000, **often)):
+    for job in (survivor, tiny(DOOMED, 4000, **often), tiny(GHOST, 1, planOnly=True)):
         product.apply(job)
 
     product.running(SURVIVOR, "inspect")
@@ -113,7 +113,7 @@ def story(product: Product, all_at_once: None) -> Story:
     told.refused = str(refused.value)
 
     # things that go while nobody looks: a job with all its children, and a child alone
-    training(product, GHOST)
+    product.wait_for(GHOST, "Planned", timeout=300)
     with operator_away(cluster):
         cluster.delete("job", f"{SURVIVOR}-train-1", namespace)
         cluster.delete(JOBS, GHOST, namespace)
