@@ -266,7 +266,8 @@ class Training(SpecPart):
     )
     gradient_checkpointing: Flag | None = Field(
         default=None,
-        description="Recompute activations in the backward pass: a fifth slower, much less memory. Absent: yes.",
+        description="Recompute activations in the backward pass: much less memory, half as much arithmetic again. "
+        "Absent: where the GPU has no room to keep them, and on the CPU.",
     )
     attention: Attention | None = Field(
         default=None,

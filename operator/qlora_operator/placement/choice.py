@@ -159,6 +159,19 @@ def choose(
     return replace(best.placed(), rejected=tuple(rejected))
 
 
+def keeping_activations(shape: ModelShape, placed: Placed, headroom_percent: int) -> Placed:
+    """`placed` with activations kept and not recomputed, where the GPU has the room; else `placed` itself.
+
+    The micro-batch stays: of six FLOPs per token and weight of the frozen base two are for recomputation.
+    """
+    recipe = placed.recipe.model_copy(update={"gradient_checkpointing": False})
+    gpus = placed.layout.gpus if placed.sharded else 1
+    memory = training_memory(shape, recipe, micro_batch_size=placed.micro_batch_size, gpus=gpus)
+    if with_headroom(memory.total_bytes, headroom_percent) > placed.flavour.memory_bytes:
+        return placed
+    return replace(placed, recipe=recipe, memory=memory)
+
+
 def alternatives(shape: ModelShape, recipes: Recipes, flavours: Sequence[Flavour], *, wishes: Wishes) -> list[Placed]:
     """The best choice on each product that has one, the preferred first."""
     search = _Search(shape, recipes, wishes)

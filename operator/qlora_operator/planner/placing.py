@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from qlora_api.exchange import Inspection, ModelShape, Recipe
 from qlora_api.peaks import peak_flops
 from qlora_api.v1alpha1 import JobSpec, MemoryItem, MemoryPlan, Plan, Rejected
-from qlora_operator.placement.choice import Infeasible, Layout, Placed, choose, micro_batches, with_headroom
+from qlora_operator.placement.choice import (
+    Infeasible,
+    Layout,
+    Placed,
+    choose,
+    keeping_activations,
+    micro_batches,
+    with_headroom,
+)
 from qlora_operator.placement.flavours import Flavour
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.planner.demands import (
@@ -69,7 +77,10 @@ def plan(
     )
     if isinstance(choice, Infeasible):
         return Unfit("NoFlavourFits", f"no GPU can take this training: {choice.message}. {_CURE}")
-    made = as_plan(spec, inspection, in_the_card_s_type(choice, bound=bound))
+    choice = in_the_card_s_type(choice, bound=bound)
+    if _may_keep_activations(spec, keep):
+        choice = keeping_activations(inspection.shape, choice, spec.hardware.headroom_percent)
+    made = as_plan(spec, inspection, choice)
     if spec.hardware.accelerator == "amd" and not (installation.amd_image or spec.pod_template.image):
         where = f"{made.gpus} × {made.flavour}"
         return Unfit(
@@ -78,6 +89,13 @@ def plan(
             "trainer.amdImage, or spec.podTemplate.image",
         )
     return made
+
+
+def _may_keep_activations(spec: JobSpec, keep: Recipe | None) -> bool:
+    """Unless the spec has decided, or running out of memory has."""
+    training = spec.training
+    begun = keep is not None and keep.gradient_checkpointing
+    return training.gradient_checkpointing is None and training.offload in (None, "none") and not begun
 
 
 def _plan_on_cpu(

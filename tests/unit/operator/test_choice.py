@@ -312,6 +312,38 @@ def test_loftq_makes_good_a_base_of_4_bits() -> None:
     assert (plan.recipe.method, plan.recipe.init) == ("qlora", "loftq")
 
 
+def test_activations_are_kept_where_there_is_room() -> None:
+    """The micro-batch, the GPU and what is learned stay; a third of the time is spared."""
+    edits: Raw = {"method": "qlora", "hardware.gpuProducts": ["NVIDIA-H100-80GB-HBM3"]}
+    kept = planned("llama-3.1-8b", 2048, edits, CLUSTER)
+    again = planned("llama-3.1-8b", 2048, edits | {"training.gradientCheckpointing": True}, CLUSTER)
+    assert not kept.recipe.gradient_checkpointing and again.recipe.gradient_checkpointing
+    assert kept.micro_batch_size == again.micro_batch_size
+    assert again.memory.total_bytes < kept.memory.total_bytes
+    assert with_headroom(kept.memory.total_bytes, 15) <= H100[1] * MIB
+    assert kept.estimated_seconds == pytest.approx(again.estimated_seconds * 4 / 6, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "edits"),
+    [
+        pytest.param("llama-3.1-70b", {"method": "qlora"}, id="no room"),
+        pytest.param("llama-3.1-8b", {"training.offload": "activations"}, id="those that wait in host memory"),
+    ],
+)
+def test_activations_are_recomputed_where_there_is_none(model: str, edits: Raw) -> None:
+    edits = {"hardware.gpuProducts": ["NVIDIA-H100-80GB-HBM3"]} | edits
+    assert planned(model, 4096, edits, CLUSTER).recipe.gradient_checkpointing
+
+
+def test_what_has_run_out_of_memory_goes_on_recomputing() -> None:
+    edits: Raw = {"method": "qlora", "hardware.gpuProducts": ["NVIDIA-H100-80GB-HBM3"]}
+    begun = planned("llama-3.1-8b", 2048, edits, CLUSTER).recipe
+    assert planned("llama-3.1-8b", 2048, edits, CLUSTER, keep=begun).recipe == begun
+    after = begun.model_copy(update={"gradient_checkpointing": True})
+    assert planned("llama-3.1-8b", 2048, edits, CLUSTER, keep=after).recipe == after
+
+
 @pytest.mark.parametrize("edits", [{"lora.dora": True}, {"lora.init": "loftq"}], ids=str)
 def test_what_reads_whole_weights_stays_on_one_gpu(edits: Raw) -> None:
     assert planned("llama-3.1-405b", 1024, {"hardware.maxGPUs": 16}, CLUSTER).gpus > 1
@@ -322,7 +354,7 @@ def test_what_reads_whole_weights_stays_on_one_gpu(edits: Raw) -> None:
 
 def test_a_dora_takes_more_than_a_lora() -> None:
     """Its magnitudes, a unit matrix and each weight in the adapter's type while its layer is at work."""
-    edits: Raw = {"method": "qlora", "training.microBatchSize": 1}
+    edits: Raw = {"method": "qlora", "training.microBatchSize": 1, "training.gradientCheckpointing": True}
     plain, dora = (planned("llama-3.1-8b", 512, edits | more, CLUSTER) for more in ({}, {"lora.dora": True}))
     assert dora.recipe.dora
     unit = 4 * 14336**2
