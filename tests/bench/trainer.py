@@ -179,7 +179,7 @@ def measure_steps() -> Measured:
 
 
 def measure_recorder() -> Measured:
-    """What a step costs that is told to Prometheus' metrics."""
+    """What a step costs that is told to Prometheus' metrics, and what the loop counts before it can learn from one."""
     import torch
 
     from qlora_operator.sizing.catalogue import catalogue
@@ -190,21 +190,30 @@ def measure_recorder() -> Measured:
     from qlora_trainer.sequences import Sequence
 
     work = Work(catalogue()["meta-llama/Llama-3.1-8B"].shape, 42_000_000)
-    rows = [Sequence(list(range(2048)), list(range(2048)), [512] * 4) for _ in range(32)]
-    runs = []
+    tokens = list(range(2048))
+    told, counted = [], []
     for _ in range(LOADS + 2):
         progress = Progress()
         recorder = Recorder(
             [Metrics()], progress, steps=RECORDED, steps_per_epoch=RECORDED, work=work, device=torch.device("cpu")
         )
-        began = time.process_time()
+        telling = counting = 0.0
         for step in range(RECORDED):
+            rows = [Sequence(tokens, tokens, [512] * 4) for _ in range(32)]
+            began = time.process_time()
+            progress.tokens += sum(row.loss_tokens for row in rows)
+            counting += time.process_time() - began
             progress.step, progress.seconds = step + 1, step + 1.0
-            progress.tokens += 65_536
             progress.losses.append(1.0)
+            began = time.process_time()
             recorder.stepped(progress, rows, 1e-4, 1.0)
-        runs.append(1e6 * (time.process_time() - began) / RECORDED)
-    return Measured((Figure("a step of 32 sequences told to the metrics", "CPU µs", tuple(runs)),))
+            telling += time.process_time() - began
+        told.append(1e6 * telling / RECORDED)
+        counted.append(1e6 * counting / RECORDED)
+    return Measured((
+        Figure("a step of 32 sequences told to the metrics", "CPU µs", tuple(told), Target("at most", 100)),
+        Figure("its tokens with loss counted, for the loss", "CPU µs", tuple(counted)),
+    ))  # fmt: skip
 
 
 # --- loading ---
@@ -285,8 +294,9 @@ MEANING = {
     "NF4, fp32), adapter in fp32 on every linear layer, gradient checkpointing, paged 8-bit AdamW, learning rates and "
     "batches: 4 examples of 64 to 128 tokens, 2 at a time, not packed. CPU time on one thread between the ends of two "
     "steps, so without checkpoints; a run is the median of four steps, and runs alternate.",
-    "recorder": "A step's figures worked out and handed to the metrics: 32 sequences of four packed examples, for an "
-    "8B model. A run is the mean of 2000.",
+    "recorder": "A step's figures worked out and handed to the metrics: 32 new sequences of four packed examples, "
+    "65,536 tokens, for an 8B model. How many tokens carry loss the loop has counted before, to divide the loss by it; "
+    "that is a figure of its own. A run is the mean of 2000.",
     "loading": "From safetensors in bf16 to a 4-bit model on the CPU, each time in a process of its own: CPU time, and "
     "how far VmHWM rose above what was resident before. Files are mapped, so their pages count when they are read. "
     "The dense model has 29 million weights, the mixture 80 million, 76 of them experts, which transformers leaves in "

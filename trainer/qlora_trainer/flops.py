@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from qlora_api.exchange import ModelShape
 from qlora_trainer.sequences import Sequence
@@ -26,17 +27,23 @@ class Work:
         example's own, for packed examples do not see one another. The output head counts where there is loss:
         nowhere else is it needed.
         """
+        per_token, per_loss_token, per_pair = self._rates
+        tokens = sum(len(sequence.ids) for sequence in sequences)
+        loss_tokens = sum(sequence.loss_tokens for sequence in sequences)
+        pairs = sum(length * length for sequence in sequences for length in sequence.lengths)
+        return tokens * per_token + loss_tokens * per_loss_token + pairs * per_pair
+
+    @cached_property
+    def _rates(self) -> tuple[float, float, float]:
+        """FLOPs per token, per token that carries loss, and per pair of tokens of an example."""
         shape = self.shape
         linear = sum(module.in_features * module.out_features * module.count for module in shape.linear)
         # of routed experts, those that work on a token
         linear += sum(weights.weights // weights.experts for weights in shape.experts) * shape.experts_per_token
-        tokens = sum(len(sequence.ids) for sequence in sequences)
-        loss_tokens = sum(sequence.loss_tokens for sequence in sequences)
-        pairs = sum(length * length for sequence in sequences for length in sequence.lengths)
         return (
-            tokens * (4.0 * linear + 6.0 * self.adapter_parameters)
-            + loss_tokens * 4.0 * shape.vocab_size * shape.hidden_size
-            + pairs * 12.0 * shape.layers * shape.heads * shape.head_dim
+            4.0 * linear + 6.0 * self.adapter_parameters,
+            4.0 * shape.vocab_size * shape.hidden_size,
+            12.0 * shape.layers * shape.heads * shape.head_dim,
         )
 
     def mfu(self, flops: float, seconds: float) -> float | None:

@@ -7,7 +7,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import accumulate, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -36,13 +37,12 @@ class Sequence:
     labels: list[int]
     lengths: list[int]
 
-    @property
+    @cached_property
     def loss_tokens(self) -> int:
         """Tokens that are predicted and carry loss: the first of each example has nothing before it."""
-        starts = np.cumsum([0, *self.lengths[:-1]])
-        carrying = np.asarray(self.labels) != NO_LOSS
-        carrying[starts] = False
-        return int(carrying.sum())
+        firsts = accumulate(self.lengths[:-1], initial=0)
+        unpredicted = sum(self.labels[first] != NO_LOSS for first in firsts)
+        return len(self.labels) - self.labels.count(NO_LOSS) - unpredicted
 
 
 class Tokenisation:
