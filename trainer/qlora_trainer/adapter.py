@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-from qlora_api.exchange import Recipe, TrainOrder
+from qlora_api.exchange import Recipe, TrainOrder, hub_repo_of, is_hub
 from qlora_trainer.artifacts import copy_file, whole_directory
 from qlora_trainer.experts import quantized_experts
 from qlora_trainer.model import BaseModel, empty_model, stored_parts
@@ -35,7 +35,7 @@ def with_adapter(model: Any, recipe: Recipe, base: BaseModel) -> Any:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    adapted.peft_config["default"].base_model_name_or_path = base.uri  # PEFT puts the pod's own path there
+    adapted.peft_config["default"].base_model_name_or_path = loadable_name(base.uri)  # PEFT puts the pod's path there
     return adapted
 
 
@@ -69,6 +69,7 @@ def save_adapter(
         config_path = partial / "adapter_config.json"
         config = json.loads(config_path.read_text(encoding="utf-8"))
         config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+        config["revision"] = order.model_revision  # with which AutoPeftModel loads the base
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         trained_on = {
             "model": order.model_uri,
@@ -79,6 +80,14 @@ def save_adapter(
             "quantizedExperts": _stored_experts(model.get_base_model(), base),
         }
         (partial / TRAINING_NAME).write_text(json.dumps(trained_on, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def loadable_name(uri: str) -> str:
+    """What PEFT and transformers load the base by: its name on the hub; for what is elsewhere its `uri`, for people."""
+    if not is_hub(uri):
+        return uri
+    name, path = hub_repo_of(uri, "model")
+    return uri if path else name
 
 
 def _stored_experts(model: Any, base: BaseModel) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from huggingface_hub import HfApi, HfFileSystem, RepoFile, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftConfig
 from safetensors.torch import load_file
 
 from qlora_api.exchange import (
@@ -201,6 +202,8 @@ def test_a_job_stays_at_the_commit_that_was_inspected(shop: Shop) -> None:
     assert result.train_loss == claims.train_loss
     adapter = load_file(shop.place.work / "adapter" / "adapter_model.safetensors")
     assert all((adapter[name] == weight).all() for name, weight in on_claims.items())
+    config = PeftConfig.from_pretrained(str(shop.place.work / "adapter"))
+    assert (config.base_model_name_or_path, config.revision) == ("team/base", seen.model_revision)
 
     shop.hub.stop()  # what train has downloaded, the next attempt and merge find
     try:

@@ -73,7 +73,7 @@ def test_it_learns_and_says_what_it_reached(place: Place) -> None:
     assert result.peak_memory_bytes > 100 << 20
 
     config = json.loads((place.work / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "pvc://base/model"
+    assert (config["base_model_name_or_path"], config["revision"]) == ("pvc://base/model", None)
     assert config["use_rslora"]
     assert str(place.root) not in (place.work / "adapter" / "qlora-training.json").read_text()
     base = load_for_training(open_base(place.claims / "base" / "model", "x"), recipe_of(method="lora"), CPU)
