@@ -9,7 +9,7 @@ _SMALL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 96,
+    "intermediate_size": 192,
     "vocab_size": 512,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
@@ -25,13 +25,13 @@ def _config(family: str, **particular: Any) -> dict[str, Any]:
 
 _LATENT = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
+    "kv_lora_rank": 64,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 64,
     "first_k_dense_replace": 1,
 }
 
@@ -50,7 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi, normed heads": _config("phi", qk_layernorm=True),
     "mixtral": _config("mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": _config(
-        "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, mlp_only_layers=[1]
+        "qwen3_moe", head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, mlp_only_layers=[1]
     ),
     "deepseek_v2": _config("deepseek_v2", **_LATENT, q_lora_rank=None, n_shared_experts=2),
     "deepseek_v3": _config("deepseek_v3", **_LATENT, q_lora_rank=24, n_shared_experts=1, n_group=2, topk_group=1),

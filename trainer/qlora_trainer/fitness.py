@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import torch
 
-from qlora_api.exchange import Recipe
+from qlora_api.exchange import ModelShape, Recipe
 from qlora_trainer.failures import BadInput, EnvironmentUnfit
+from qlora_trainer.quantization import BLOCK_SIZE
 
 #: Attention kernels that are packages of their own.
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -93,6 +95,35 @@ def _require_attention(recipe: Recipe, has: Equipment) -> None:
             f"training.attention: {attention} is compiled where it runs and this image has no C compiler: build the "
             f"trainer image with --build-arg COMPILER=gcc, or {instead}"
         )
+
+
+def require_rows_as_quantised(recipe: Recipe, shape: ModelShape, device: torch.device) -> None:
+    """Raises BadInput where bitsandbytes would multiply with other weights than it has quantised.
+
+    Only CPUs are looked at: for a GPU bitsandbytes hands its kernel the number of weights and no rows (read in its
+    code, not verified on a GPU). Routed experts are never affected: theirs are dequantised a row per block.
+    """
+    if recipe.method != "qlora" or device.type != "cpu":
+        return
+    for module in shape.linear:
+        if not reads_rows_right(module.in_features):
+            raise BadInput(
+                f"model.uri: {module.name} takes {module.in_features} inputs, and for rows that are no multiple of "
+                f"{BLOCK_SIZE} bitsandbytes takes wrong scales on this CPU: train on a GPU, or set method: lora"
+            )
+
+
+def reads_rows_right(width: int) -> bool:
+    """Whether bitsandbytes on this CPU dequantises rows of `width` weights as it has quantised them.
+
+    With AVX-512, version 0.50.2 steps by `width // 64` scales a row where `width` is a multiple of 16: right only if
+    it is one of 64, too.
+    """
+    weights = torch.linspace(1, 2, BLOCK_SIZE * width)  # no two blocks have one scale
+    packed, state = bnb.quantize_4bit(weights.view(-1, width), blocksize=BLOCK_SIZE, quant_type="nf4")
+    by_row = bnb.dequantize_4bit(packed, state)
+    state.shape = torch.Size((width, BLOCK_SIZE))  # a row per block
+    return torch.equal(by_row.view(-1), bnb.dequantize_4bit(packed, state).view(-1))
 
 
 def require_attention_as_asked(model: Any, recipe: Recipe, architecture: str) -> None:

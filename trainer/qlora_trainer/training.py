@@ -22,7 +22,13 @@ from qlora_trainer.checkpoint import Checkpoints, Progress
 from qlora_trainer.environment import Pod, device_name, log, peak_memory_bytes, pick_device, quiet_libraries
 from qlora_trainer.examination import Examiner, KnownAnswers, examine, judged
 from qlora_trainer.failures import BadInput, EnvironmentUnfit, GateFailed
-from qlora_trainer.fitness import equipment, require_attention_as_asked, require_fit, require_optimizer_as_asked
+from qlora_trainer.fitness import (
+    equipment,
+    require_attention_as_asked,
+    require_fit,
+    require_optimizer_as_asked,
+    require_rows_as_quantised,
+)
 from qlora_trainer.flops import Work
 from qlora_trainer.gates import failures, verdicts
 from qlora_trainer.inputs import with_inputs
@@ -81,6 +87,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     base = open_base(pod.path_of(order.model_uri, "model.uri"), order.model_uri)
     if base.digest != order.model_digest:
         raise BadInput(f"model.uri: {order.model_uri} has changed since inspection: put it back, or create a new job")
+    require_rows_as_quantised(recipe, base.shape, device)
     data = open_prepared(ranks.from_first(lambda: prepare(order, pod, base)))
     rows = data.train
     steps = recipe.steps(len(rows))

@@ -26,7 +26,7 @@ def write_model(directory: Path, config: dict[str, Any], tensors: dict[str, tupl
 
 
 def llama_tensors(prefix: str = "model.") -> dict[str, tuple[int, ...]]:
-    hidden, inner, kv, vocabulary = 64, 96, 32, 512
+    hidden, inner, kv, vocabulary = 64, 192, 32, 512
     of_a_layer = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -79,11 +79,11 @@ def mixture_tensors(*, fused: bool, turned: bool = False) -> dict[str, tuple[int
     for number in range(LAYERS):
         experts = f"model.layers.{number}.mlp.experts"
         if fused:
-            up, down = ((64, 192), (96, 64)) if turned else ((192, 64), (64, 96))
+            up, down = ((64, 384), (192, 64)) if turned else ((384, 64), (64, 192))
             tensors |= {f"{experts}.gate_up_proj": (4, *up), f"{experts}.down_proj": (4, *down)}
         else:
             tensors |= {
-                f"{experts}.{expert}.{name}.weight": (64, 96) if name == "down_proj" else (96, 64)
+                f"{experts}.{expert}.{name}.weight": (64, 192) if name == "down_proj" else (192, 64)
                 for expert in range(4)
                 for name in ("gate_proj", "up_proj", "down_proj")
             }

@@ -127,7 +127,7 @@ def test_a_mixture_goes_all_the_way(place: Place, name: str) -> None:
 def test_experts_of_another_size_are_noticed(place: Place) -> None:
     directory = replace_model(place, CONFIGS["mixtral"])
     config = directory / "config.json"
-    config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 97'))
+    config.write_text(config.read_text().replace('"intermediate_size": 192', '"intermediate_size": 193'))
     with pytest.raises(BadInput, match=r"values in .* and .* values by config.json: they do not belong together"):
         inspect(place.inspect_order(), place.pod)
 
