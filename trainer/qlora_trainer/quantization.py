@@ -9,6 +9,7 @@ import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import modules as bnb_modules
 
+import qlora_trainer.cpu_quantization  # noqa: F401  takes bitsandbytes' place on the CPU
 from qlora_api.exchange import Recipe
 from qlora_trainer.failures import BadInput
 
