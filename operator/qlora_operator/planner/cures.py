@@ -75,7 +75,7 @@ def after_out_of_memory(
         cures.append("retry.onOutOfMemory left out")
     if spec.training.gradient_checkpointing is False:
         cures.append("training.gradientCheckpointing left out")
-    if spec.training.offload == "none" and plan.gpus:
+    elif spec.training.offload == "none" and plan.gpus:  # what is kept whole cannot be offloaded
         cures.append("training.offload left out")
     if plan.recipe.method == "lora":
         cures.append("method: qlora")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from qlora_api.exchange import ExitCode
+from qlora_api.exchange import ExitCode, Inspection, Recipe
 from qlora_api.v1alpha1 import Attempt, JobSpec, Plan, Retry
 from qlora_operator.lifecycle.answers import (
     ANSWERS,
@@ -24,7 +24,15 @@ from qlora_operator.lifecycle.answers import (
 )
 from qlora_operator.lifecycle.observed import Ended
 from qlora_operator.placement.inventory import Inventory
-from qlora_operator.planner import Installation, Smaller, after_out_of_memory, resized, with_less_memory
+from qlora_operator.planner import (
+    Installation,
+    Smaller,
+    Unfit,
+    after_out_of_memory,
+    recipes,
+    resized,
+    with_less_memory,
+)
 from tests.unit.operator import given
 from tests.unit.operator.given import TRAIN
 
@@ -202,42 +210,38 @@ def lessened(spec: JobSpec, plan: Plan) -> Smaller:
     return smaller
 
 
+HALVED = ["micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32"]
 LADDERS: list[Any] = [
-    # what the spec says, whether activations are recomputed at first, what is changed from attempt to attempt
-    pytest.param({}, True, [
-        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
-        "offload none → activations",
-    ], id="left open"),
-    pytest.param({}, False, [
-        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
-        "gradient checkpointing off → on", "offload none → activations",
-    ], id="activations were kept"),
-    pytest.param({"training.offload": "none"}, True, [
-        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
-    ], id="no offload allowed"),
-    pytest.param({"training.gradientCheckpointing": False}, False, [
-        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
-    ], id="no recomputation allowed, and so nothing to offload"),
-    pytest.param({"hardware.accelerator": "cpu"}, True, [
-        "micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32",
-    ], id="on the CPU there is nowhere to offload to"),
-]  # fmt: skip
+    # what the spec says, what is changed from attempt to attempt
+    pytest.param({}, [*HALVED, "offload none → activations"], id="left open"),
+    pytest.param({"training.gradientCheckpointing": True}, [*HALVED, "offload none → activations"], id="asked for"),
+    pytest.param({"training.offload": "none"}, HALVED, id="no offload allowed"),
+    pytest.param(
+        {"training.gradientCheckpointing": False}, HALVED, id="activations are to be kept: there is nothing to offload"
+    ),
+    pytest.param({"hardware.accelerator": "cpu"}, HALVED, id="on the CPU there is nowhere to offload to"),
+]
 
 
-@pytest.mark.parametrize(("edits", "recomputed", "expected"), LADDERS)
-def test_the_way_down(edits: dict[str, Any], recomputed: bool, expected: list[str]) -> None:
-    job = given.job(edits)
-    plan = given.plan(job, micro_batch_size=4)
-    plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"gradient_checkpointing": recomputed})})
-    plan = resized(plan, given.inspection(), plan.recipe, 4)
-    found: list[str] = []
-    while smaller := with_less_memory(job.spec, plan, given.inspection()):
-        found.append(smaller.change)
+@pytest.mark.parametrize(("edits", "expected"), LADDERS)
+def test_the_way_down(edits: dict[str, Any], expected: list[str]) -> None:
+    job, found = given.job(edits), given.inspection()
+    [recipe, *_] = planned_recipes(job.spec, found)
+    plan = resized(given.plan(job, micro_batch_size=4), found, recipe, 4)
+    assert plan.recipe.gradient_checkpointing == (job.spec.training.gradient_checkpointing is not False)
+    changes: list[str] = []
+    while smaller := with_less_memory(job.spec, plan, found):
+        changes.append(smaller.change)
         assert smaller.plan.memory.total_bytes < plan.memory.total_bytes, smaller.change
-        learned = {"offload", "gradient_checkpointing"}
-        assert smaller.plan.recipe.model_dump(exclude=learned) == plan.recipe.model_dump(exclude=learned)
+        assert smaller.plan.recipe.model_dump(exclude={"offload"}) == plan.recipe.model_dump(exclude={"offload"})
         plan = smaller.plan
-    assert found == expected
+    assert changes == expected
+
+
+def planned_recipes(spec: JobSpec, found: Inspection) -> list[Recipe]:
+    allowed = recipes(spec, found.shape, max_length=found.max_length, loss=found.loss)
+    assert not isinstance(allowed, Unfit)
+    return allowed
 
 
 def test_what_is_offloaded_needs_host_memory() -> None:
@@ -280,9 +284,14 @@ CURES: list[Any] = [
     pytest.param({"hardware.gpuProducts": ["NVIDIA-L40S"]}, [given.L40S, given.H100], [
         "hardware.gpuProducts [NVIDIA-H100-80GB-HBM3]",
     ], [], id="one that the job does not ask for"),
+    pytest.param({"training.gradientCheckpointing": False}, [given.L40S], [
+        "training.gradientCheckpointing left out",
+    ], ["offload"], id="what the spec has ruled out is for its user to allow"),
     pytest.param({"training.gradientCheckpointing": False, "training.offload": "none"}, [given.L40S], [
-        "training.gradientCheckpointing left out", "training.offload left out",
-    ], [], id="what the spec has ruled out"),
+        "training.gradientCheckpointing left out",
+    ], ["offload"], id="and first what the other needs"),
+    pytest.param({"training.offload": "none"}, [given.L40S], ["training.offload left out"], ["gradientCheckpointing"],
+                 id="or this alone"),
     pytest.param({"hardware.accelerator": "cpu"}, [given.L40S], ["nodes with more memory"], ["hardware.gpus"],
                  id="on the CPU"),
 ]  # fmt: skip
