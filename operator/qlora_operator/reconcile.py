@@ -63,6 +63,7 @@ class Reconciler:
             prices=settings.gpu_prices,
             amd_image=settings.amd_trainer_image is not None,
             mirror="HF_ENDPOINT" in settings.stage_env,
+            stage_memory_bytes=settings.cpu_stages.memory_bytes,
         )
         self._waiting = waiting
         self._metrics = metrics or Metrics()

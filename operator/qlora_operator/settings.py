@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from qlora_api.v1alpha1 import JobSpec
+from qlora_api.v1alpha1 import JobSpec, quantity_bytes
 
 DEFAULT_PATH = "/etc/qlora-operator/config.yaml"
 
@@ -24,6 +24,12 @@ class StageResources(_Strict):
 
     requests: dict[str, str] = Field(default_factory=dict)
     limits: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the container asks for of a node's memory; a limit alone is asked for, too. 0: nothing."""
+        asked = self.requests.get("memory") or self.limits.get("memory")
+        return quantity_bytes(asked) if asked else 0
 
 
 class Settings(_Strict):

@@ -98,7 +98,8 @@ ANSWERS: dict[Outcome, Row] = {
         "the container was `OOMKilled`",
         "ran out of host memory",
         "again at once, from the checkpoint, rather on another node, asking for half as much memory again; the second "
-        "time, or where no node has that much, the job fails",
+        "time, or where none of the nodes that can take it has that much (for a training those with the planned GPUs), "
+        "the job fails and says what the largest has",
         change=Change.MORE_HOST_MEMORY,
         another_node=True,
     ),

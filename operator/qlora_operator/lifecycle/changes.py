@@ -31,13 +31,18 @@ def change_for(kind: Change, job: Job, task: Task, seen: Observed) -> Changed | 
 def advice(kind: Change, job: Job, task: Task, seen: Observed) -> str:
     """What a user can do where there is no such change; empty where there is nothing to be said."""
     plan, inspection = job.status.plan, job.status.inspection
-    if task != TRAIN or plan is None or inspection is None:
-        return "give such stages more memory: the chart's cpuStages"
     if kind is Change.LESS_GPU_MEMORY:
+        if plan is None or inspection is None:
+            return ""
         return planner.after_out_of_memory(job.spec, inspection, plan, seen.inventory, seen.installation)
-    if _raises(job, task):
-        return "it was given half as much again and that was not enough; look for what else takes the node's memory"
-    return f"no node has {plan.host_memory_bytes * MORE_MEMORY / GIB:.1f} GiB, half as much again: add one that has"
+    if not _raises(job, task):
+        had = _larger_than_nodes(job, task, seen) or "no node had it"
+        return f"with half as much again, {had}: add a larger one, and apply the job anew"
+    if task != TRAIN:
+        return (
+            "it was given half as much again and that was not enough: give such stages more, by the chart's cpuStages"
+        )
+    return "it was given half as much again and that was not enough; look for what else takes the node's memory"
 
 
 def memory_factor(job: Job, task: Task) -> float:
@@ -59,12 +64,25 @@ def _less_gpu_memory(job: Job, task: Task, seen: Observed) -> Changed | None:
 
 def _more_host_memory(job: Job, task: Task, seen: Observed) -> Changed | None:
     """Once: what needs more than half as much again is not what was planned."""
-    plan = job.status.plan
-    if _raises(job, task):
+    if _raises(job, task) or _larger_than_nodes(job, task, seen):
         return None
-    if task != TRAIN or plan is None:
-        return Changed(f"memory × {MORE_MEMORY:g}", plan)
-    more = plan.host_memory_bytes * MORE_MEMORY
-    if more > seen.inventory.largest_memory_bytes(planner.demands_of(job.spec, seen.installation)):
-        return None
-    return Changed(f"memory {plan.host_memory_bytes / GIB:.1f} GiB → {more / GIB:.1f} GiB", plan)
+    asked = _asked_bytes(job, task, seen)
+    more = f"{asked / GIB:.1f} GiB → {asked * MORE_MEMORY / GIB:.1f} GiB" if asked else f"× {MORE_MEMORY:g}"
+    return Changed(f"memory {more}", job.status.plan)
+
+
+def _larger_than_nodes(job: Job, task: Task, seen: Observed) -> str:
+    """That the nodes that can take the next attempt at `task` have less than the first increase would ask for; empty
+    where one has it. Where no such node is there at the moment, that is for the pod to wait for."""
+    plan = job.status.plan if task == TRAIN else None
+    host = planner.largest_host(job.spec, plan, seen.inventory, seen.installation)
+    if host is None or _raises(job, task):
+        return ""
+    return planner.too_large(round(_asked_bytes(job, task, seen) * MORE_MEMORY), plan, host)
+
+
+def _asked_bytes(job: Job, task: Task, seen: Observed) -> int:
+    """What the first attempt at `task` asks for of its node's memory."""
+    if task == TRAIN and job.status.plan is not None:
+        return job.status.plan.host_memory_bytes
+    return seen.installation.stage_memory_bytes

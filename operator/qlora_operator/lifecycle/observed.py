@@ -12,6 +12,7 @@ from qlora_api.exchange import ExitCode, ProgressName, Report, parse_report
 from qlora_api.v1alpha1 import JobSpec, JobStatus, Metadata
 from qlora_operator.lifecycle.pending import Wait, wait_of
 from qlora_operator.placement.inventory import Inventory
+from qlora_operator.placement.nodes import amount
 from qlora_operator.planner import Installation
 
 Raw = Mapping[str, Any]
@@ -58,7 +59,8 @@ class Active:
     """The attempt's Job is not over.
 
     `waiting` says why no container runs, where that is known, and `reason` the same for programs; `missing_claim` is
-    the claim that it waits for and that is not there. `template` is the annotation `TEMPLATE`.
+    the claim that it waits for and that is not there, `asked_bytes` what its pod asks for of a node's memory where that
+    is what it waits for. `template` is the annotation `TEMPLATE`.
     """
 
     node: str | None = None
@@ -66,6 +68,7 @@ class Active:
     waiting: str | None = None
     reason: Wait = Wait.CONTAINER
     missing_claim: str | None = None
+    asked_bytes: int | None = None
     template: str | None = None
 
 
@@ -190,7 +193,7 @@ def _of_pod(name: str, pod: Raw | None) -> Active:
             return Active(node, started)
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return _unscheduled(node, condition.get("message", ""))
+            return _unscheduled(pod, condition.get("message", ""))
     return Active(node, started, "the container is being created")
 
 
@@ -215,14 +218,24 @@ def _no_image(image: str, waiting: Raw) -> str:
     )
 
 
-def _unscheduled(node: str | None, message: str) -> Active:
+def _unscheduled(pod: Raw, message: str) -> Active:
     """The scheduler's message up to what it says of preemption, which is about other pods."""
+    node = pod.get("spec", {}).get("nodeName")
     if found := re.search(r'persistentvolumeclaim "([^"]+)" not found', message):
         claim = found[1]
         text = f"there is no PersistentVolumeClaim {claim} in this namespace; create it"
         return Active(node, None, text, reason=Wait.CLAIM, missing_claim=claim)
     what = message.partition(" preemption: ")[0]
-    return Active(node, None, f"not scheduled: {what}".rstrip(": "), reason=wait_of(what))
+    why = wait_of(what)
+    asked = _asked_bytes(pod) if why is Wait.HOST_MEMORY else None
+    return Active(node, None, f"not scheduled: {what}".rstrip(": "), reason=why, asked_bytes=asked)
+
+
+def _asked_bytes(pod: Raw) -> int:
+    """What the scheduler must find of a node's memory for `pod`: what its containers ask for, and its runtime."""
+    spec = pod.get("spec", {})
+    asked = [container.get("resources", {}).get("requests", {}) for container in spec.get("containers", ())]
+    return sum(amount(resources.get("memory", "0")) for resources in (*asked, spec.get("overhead", {})))
 
 
 def _stage_containers(pod: Raw) -> list[Raw]:

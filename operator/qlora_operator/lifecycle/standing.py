@@ -61,12 +61,25 @@ def underway(job: Job, seen: Observed) -> Situation:
 
 def _doing(job: Job, seen: Observed, task: Task, state: Active) -> str:
     inspection, plan = job.status.inspection, job.status.plan
+    if state.waiting and state.asked_bytes and (said := _too_large(job, seen, task, state.asked_bytes)):
+        return f"waits: {state.waiting.rstrip('. ')}; {said}"
     if task == TRAIN and state.waiting and state.reason in FOR_HARDWARE and inspection and plan and plan.gpus:
         cure = planner.advice(job.spec, inspection, plan, seen.inventory, seen.installation, keep=begun(job))
         return f"waits: {state.waiting.rstrip('. ')}; {cure}"
     if state.missing_claim and (fields := fields_on(job.spec, state.missing_claim)):
         return f"waits: {', '.join(fields)}: {state.waiting}"
     return f"waits: {state.waiting}" if state.waiting else "is running"
+
+
+def _too_large(job: Job, seen: Observed, task: Task, asked_bytes: int) -> str:
+    """What helps a pod that asks for more memory than any node has that it may run on; empty where one has it."""
+    plan = job.status.plan if task == TRAIN else None
+    host = planner.largest_host(job.spec, plan, seen.inventory, seen.installation)
+    if not (said := planner.too_large(asked_bytes, plan, host)):
+        return ""
+    if task != TRAIN:
+        return f"{said}: add a larger one, or lower the chart's cpuStages"
+    return f"{said}: add a larger one, or suspend the job, change spec.hardware and resume"
 
 
 def fail(job: Job, seen: Observed, now: datetime, reason: str, message: str, *, at: Task | None = None) -> Step:

@@ -9,8 +9,7 @@ from qlora_api.v1alpha1 import Plan
 from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.tasks import TRAIN, Task
 from qlora_operator.manifests.names import JOB_LABEL, STAGE_LABEL, child_metadata
-from qlora_operator.placement.choice import with_headroom
-from qlora_operator.placement.flavours import MIB
+from qlora_operator.planner import needed_mib
 
 HOSTNAME = "kubernetes.io/hostname"
 #: Nodes of one zone are nearer to one another than to others; ranks talk to each other in every layer.
@@ -21,11 +20,6 @@ DRA_DRIVER = "gpu.nvidia.com"
 CLAIM = "gpus"
 #: What NCCL's processes of one node speak through: the volume in the place of a container's 64 MiB.
 SHARED_MEMORY: dict[str, Any] = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
-
-
-def needed_mib(plan: Plan) -> int:
-    """What one GPU must have, headroom included."""
-    return -(-with_headroom(plan.memory.total_bytes, plan.memory.headroom_percent) // MIB)
 
 
 def limits(plan: Plan, job: Job) -> dict[str, str]:

@@ -5,8 +5,8 @@ Judged by what nodes can allocate, not by what is free: other tenants' pods are 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_operator.placement.flavours import AMD, Demands, Flavour, Offers, Refused
@@ -39,6 +39,27 @@ class _Group:
         if self._first is None:
             self._first = min(self.members)
         return self._first
+
+
+@dataclass(frozen=True)
+class PodsGpus:
+    """What each pod of a plan asks of its node's GPUs: an amount, labels that say which, and one with their memory."""
+
+    resource: str
+    amount: int
+    labels: tuple[tuple[str, str], ...]
+    memory_label: str | None
+    memory_mib: int
+
+    def are_among(self, gpus: Flavour) -> bool:
+        """Whether a node with these `gpus` has as many."""
+        return gpus.resource == self.resource and gpus.gpus_per_node >= self.amount
+
+    def are_labelled_on(self, node: Node) -> bool:
+        """Whether the node affinity of such a pod matches."""
+        memory = node.labels.get(self.memory_label or "", "")
+        enough = self.memory_label is None or (memory.isdecimal() and int(memory) >= self.memory_mib)
+        return enough and all(node.labels.get(name) == value for name, value in self.labels)
 
 
 class Inventory:
@@ -129,26 +150,34 @@ class Inventory:
         reasons |= {name: Refused(name, reason) for name, (_, reason) in refused.items()}
         return Offers(tuple(flavours), tuple(reasons[name] for name in sorted(reasons.keys() - offered)))
 
+    def open_to(
+        self, demands: Demands, gpus: PodsGpus | None = None, *, sooner_or_later: bool = False
+    ) -> Iterator[Node]:
+        """The nodes that pods of the job may run on, if they ask for `gpus`.
+
+        `sooner_or_later`: those, too, that are away, or kept free by Kubernetes itself, at the moment.
+        """
+        for group in self._groups.values():
+            if gpus is None:
+                fits = group.gpus is None
+            else:
+                fits = isinstance(group.gpus, Flavour) and gpus.are_among(group.gpus)
+            if fits and isinstance(self._open(group, demands, sooner_or_later=sooner_or_later), int):
+                yield from (node for node in _selected(group, demands) if gpus is None or gpus.are_labelled_on(node))
+
     def largest_memory_bytes(self, demands: Demands) -> int:
         """Allocatable memory of the largest node that is open to the job; 0 where none is."""
-        return max(
-            (
-                node.memory_bytes
-                for group in self._groups.values()
-                if group.gpus is None and isinstance(self._open(group, demands), int)
-                for node in _selected(group, demands)
-            ),
-            default=0,
-        )
+        return max((node.memory_bytes for node in self.open_to(demands)), default=0)
 
-    def _open(self, group: _Group, demands: Demands) -> int | str:
+    def _open(self, group: _Group, demands: Demands, *, sooner_or_later: bool = False) -> int | str:
         """On how many of the group's nodes pods of the job may run, or why on none."""
         selected = len(_selected(group, demands))
         if not selected:
             labels = group.members[group.first].labels
             wanted = {k: v for k, v in (demands.node_selector or {}).items() if labels.get(k) != v}
             return "spec.podTemplate.nodeSelector asks for " + ", ".join(f"{k}={v}" for k, v in sorted(wanted.items()))
-        return group.access.closed(group.first, demands.tolerations) or selected
+        access = group.access.at_best if sooner_or_later else group.access
+        return access.closed(group.first, demands.tolerations) or selected
 
 
 def _selected(group: _Group, demands: Demands) -> Collection[Node]:

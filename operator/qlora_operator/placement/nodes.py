@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from sys import intern
 from typing import Any, NamedTuple
@@ -44,7 +44,9 @@ AMD_PARTITION = "amd.com/gpu.compute-memory-partition"
 RENAMED = ".shared"
 #: From this value on the memory label is in bytes: https://github.com/NVIDIA/gpu-feature-discovery/issues/26
 BYTES_FROM = 10**8
-UNSCHEDULABLE = "node.kubernetes.io/unschedulable"
+#: Kubernetes' own taints: not ready, unreachable, cordoned, short of memory, disk or process numbers.
+OF_CONDITIONS = "node.kubernetes.io/"
+UNSCHEDULABLE = f"{OF_CONDITIONS}unschedulable"
 
 
 class Taint(NamedTuple):
@@ -63,6 +65,12 @@ class Access:
     is_leaving: bool
     system: str
     taints: tuple[Taint, ...]
+
+    @property
+    def at_best(self) -> Access:
+        """The same when what passes has passed: the node is there, and none of its conditions keeps pods away."""
+        taints = tuple(taint for taint in self.taints if not taint.key.startswith(OF_CONDITIONS))
+        return replace(self, is_ready=True, taints=taints)
 
     def closed(self, node: str, tolerations: Sequence[Mapping[str, Any]]) -> str | None:
         """Why no pod with `tolerations` may run on such a `node`, or None."""

@@ -2,6 +2,7 @@
 
 from qlora_operator.planner.cures import advice, after_out_of_memory
 from qlora_operator.planner.demands import GPU_TOLERATIONS, Installation, contradiction, demands_of, wishes
+from qlora_operator.planner.hosts import Host, largest_host, needed_mib, too_large
 from qlora_operator.planner.placing import plan
 from qlora_operator.planner.recipe import CPU, Unfit, recipes, sharded
 from qlora_operator.planner.smaller import Smaller, resized, with_less_memory
@@ -9,6 +10,7 @@ from qlora_operator.planner.smaller import Smaller, resized, with_less_memory
 __all__ = [
     "CPU",
     "GPU_TOLERATIONS",
+    "Host",
     "Installation",
     "Smaller",
     "Unfit",
@@ -16,10 +18,13 @@ __all__ = [
     "after_out_of_memory",
     "contradiction",
     "demands_of",
+    "largest_host",
+    "needed_mib",
     "plan",
     "recipes",
     "resized",
     "sharded",
+    "too_large",
     "wishes",
     "with_less_memory",
 ]

@@ -33,6 +33,8 @@ class Installation:
     amd_image: bool = True
     #: Whether it names a mirror of Hugging Face's hub.
     mirror: bool = False
+    #: What the stages that take no GPU ask for of a node's memory; 0: nothing.
+    stage_memory_bytes: int = 0
 
 
 def wishes(spec: JobSpec, prices: Mapping[str, float] | None = None) -> Wishes:

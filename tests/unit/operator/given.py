@@ -294,18 +294,31 @@ def gpu_node(
     labels: Mapping[str, str] | None = None,
     taints: Iterable[Mapping[str, str]] = (),
     ready: bool = True,
+    memory: str = "65536000Ki",
 ) -> dict[str, Any]:
     """A raw Node as NVIDIA's device plugin and feature discovery leave it."""
-    memory = {} if memory_mib is None else {"nvidia.com/gpu.memory": str(memory_mib)}
+    of_gpu = {} if memory_mib is None else {"nvidia.com/gpu.memory": str(memory_mib)}
     return {
-        "metadata": {"name": name, "labels": {"nvidia.com/gpu.product": product} | memory | dict(labels or {})},
+        "metadata": {"name": name, "labels": {"nvidia.com/gpu.product": product} | of_gpu | dict(labels or {})},
         "spec": {"taints": [dict(taint) for taint in taints]} if taints else {},
         "status": {
-            "allocatable": {"cpu": "8", "memory": "65536000Ki", "nvidia.com/gpu": str(gpus)},
+            "allocatable": {"cpu": "8", "memory": memory, "nvidia.com/gpu": str(gpus)},
             "conditions": [
                 {"type": "MemoryPressure", "status": "False"},
                 {"type": "Ready", "status": "True" if ready else "False"},
             ],
+        },
+    }
+
+
+def cpu_node(name: str, memory: str) -> dict[str, Any]:
+    """A raw Node without GPUs."""
+    return {
+        "metadata": {"name": name, "labels": {}},
+        "spec": {},
+        "status": {
+            "allocatable": {"cpu": "8", "memory": memory},
+            "conditions": [{"type": "Ready", "status": "True"}],
         },
     }
 

@@ -53,6 +53,13 @@ def unscheduled(message: str) -> Raw:
     )
 
 
+def asking(*memory: str, overhead: str = "0") -> Raw:
+    """A pod whose containers ask for so much memory, which no node has free."""
+    waits = unscheduled(NO_MEMORY)
+    containers = [{"name": "stage", "resources": {"requests": {"memory": amount}}} for amount in memory]
+    return waits | {"spec": {"containers": containers, "overhead": {"memory": overhead}}}
+
+
 def waiting(reason: str, message: str = "") -> Raw:
     return pod({"waiting": {"reason": reason} | ({"message": message} if message else {})}, phase="Pending")
 
@@ -77,6 +84,7 @@ def no_image(why: str) -> str:
     )
 
 
+NO_MEMORY = "0/2 nodes are available: 1 Insufficient memory, 1 node(s) had untolerated taint(s)."
 FULL_NODES = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 RUNNING = {"running": {"startedAt": STARTED}}
 GONE = "The container could not be located when the pod was terminated"
@@ -104,6 +112,11 @@ CASES: list[Any] = [
         stage_job(), [unscheduled('0/1 nodes are available: persistentvolumeclaim "data" not found. preemption: …')],
         Active(waiting="there is no PersistentVolumeClaim data in this namespace; create it", reason=Wait.CLAIM,
                missing_claim="data"), id="a claim that is not there",
+    ),
+    pytest.param(
+        stage_job(), [asking("2Gi", "512Mi", overhead="128Mi")],
+        Active(waiting=f"not scheduled: {NO_MEMORY}", reason=Wait.HOST_MEMORY, asked_bytes=2688 * given.MIB),
+        id="more memory than a node has free, sidecar and runtime with it",
     ),
     pytest.param(
         stage_job(), [waiting("InvalidImageName")],

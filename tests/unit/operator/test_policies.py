@@ -27,7 +27,14 @@ from tests.unit.operator.kstatus import kstatus
 RUNNING = Active(node="node-1", started=NOW)
 QUEUED = Active(waiting="the queue gpus has not admitted it yet", reason=Wait.QUEUE)
 UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", reason=Wait.GPUS)
+TOO_LARGE = Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient memory.", reason=Wait.HOST_MEMORY,
+                   asked_bytes=70 * given.GIB)  # fmt: skip
 NODES = [given.gpu_node("node-1", *given.L40S)]
+CPU_NODE = given.cpu_node("node-2", "32Gi")
+LARGE_CPU_NODE = given.cpu_node("node-3", "512Gi")
+#: For GPUs alone: a stage that takes none does not tolerate it.
+TAINTED = given.gpu_node("node-4", *given.H100, memory="512Gi",
+                         taints=[{"key": "nvidia.com/gpu", "value": "", "effect": "NoSchedule"}])  # fmt: skip
 #: With these two nodes the plan that `given` records is not the one that would be made now.
 SMALL = [given.gpu_node("node-9", "NVIDIA-A2", 15356)]
 
@@ -210,11 +217,27 @@ CASES = [
     Case("for the second time: the job fails", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "HostOutOfMemory",
          change="memory 6.0 GiB → 9.0 GiB"), given.attempt(TRAIN, 2, "HostOutOfMemory")]), [], "Failed",
          "HostOutOfMemory", kstatus="Failed", after=0, says="half as much again and that was not enough"),
-    Case("and no node has more", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "HostOutOfMemory")]), [], "Failed",
-         "HostOutOfMemory", kstatus="Failed", after=0, says="no node has 9.0 GiB"),
-    Case("a merge that ran out of memory twice", job(FULL, INSPECT, TRAIN, PUBLISH_ADAPTER, before=[
-         given.attempt(MERGE, 1, "HostOutOfMemory")]), [], "Failed", "HostOutOfMemory", kstatus="Failed", after=0,
-         says="the chart's cpuStages"),
+    Case("and no node with such a GPU has more", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "HostOutOfMemory")],
+         plan=given.plan(given.job(), host_memory_bytes=50 * given.GIB)), [], "Failed", "HostOutOfMemory",
+         nodes=[*NODES, LARGE_CPU_NODE], kstatus="Failed", after=0, says="with half as much again, it asks for "
+         "75.0 GiB of its node's memory, and of the nodes with 1 × NVIDIA-L40S that it may run on the largest, node-1, "
+         "has 62.5: add a larger one"),
+    Case("a merge that ran out of memory twice", job(FULL, INSPECT, TRAIN, PUBLISH_ADAPTER, before=[given.attempt(MERGE,
+         1, "HostOutOfMemory", change="memory × 1.5"), given.attempt(MERGE, 2, "HostOutOfMemory")]), [], "Failed",
+         "HostOutOfMemory", kstatus="Failed", after=0, says="that was not enough: give such stages more, by the "
+         "chart's cpuStages"),
+    Case("a merge that asks for more memory than any node without GPUs has", job(FULL, INSPECT, TRAIN, PUBLISH_ADAPTER),
+         [], "Merging", "InsufficientHostMemory", nodes=[*NODES, CPU_NODE, TAINTED], attempts={"merge-1": TOO_LARGE},
+         says="merge waits: not scheduled: 0/3 nodes are available: 3 Insufficient memory; it asks for 70.0 GiB of its "
+         "node's memory, and of the nodes that it may run on the largest, node-1, has 62.5: add a larger one, or lower "
+         "the chart's cpuStages"),
+    Case("one that is only taken by others", job(FULL, INSPECT, TRAIN, PUBLISH_ADAPTER), [], "Merging",
+         "InsufficientHostMemory", nodes=[LARGE_CPU_NODE], attempts={"merge-1": TOO_LARGE},
+         says="merge waits: not scheduled: 0/3 nodes are available: 3 Insufficient memory."),
+    Case("a training whose nodes have the GPUs and not the memory", job(None, INSPECT), [], "Scheduling",
+         "InsufficientHostMemory", nodes=[*NODES, LARGE_CPU_NODE], attempts={"train-1": TOO_LARGE},
+         conditions={"Scheduled": "False"}, says="the nodes with 1 × NVIDIA-L40S that it may run on the largest, "
+         "node-1, has 62.5: add a larger one, or suspend the job, change spec.hardware and resume"),
     Case("its node went down: again, from the checkpoint", job(None, INSPECT, before=[given.attempt(TRAIN, 1,
          "NodeLost", ended=NOW - timedelta(seconds=2))]), [Start(TRAIN, 2)], "Training", "Starting", after=2),
     Case("its node does not answer", job(None, INSPECT), [], "Scheduling", "NodeLost",
@@ -462,11 +485,50 @@ def test_out_of_host_memory_is_answered_once_with_more_of_it() -> None:
     assert second.attempts[-1].change is None
 
 
-def test_more_host_memory_than_any_node_has_is_not_asked_for() -> None:
+LACKS_MEMORY = {"key": "node.kubernetes.io/memory-pressure", "effect": "NoSchedule"}
+LARGE_NODE = given.gpu_node("node-5", *given.L40S, memory="512Gi")
+FOR_MORE_MEMORY: list[Any] = [
+    # the nodes, edits, the change; 50 GiB are planned
+    pytest.param(NODES, {}, None, id="too small"),
+    pytest.param([*NODES, LARGE_CPU_NODE], {}, None, id="a larger one has no GPU"),
+    pytest.param([*NODES, given.gpu_node("node-5", *given.H100, memory="512Gi")], {}, None, id="nor the planned GPU"),
+    pytest.param([*NODES, LARGE_NODE], {}, "memory 50.0 GiB → 75.0 GiB", id="one with the planned GPU"),
+    pytest.param([*NODES, LARGE_NODE], {"podTemplate.nodeSelector": {"team": "ml"}}, None, id="that is not selected"),
+    pytest.param([*NODES, given.gpu_node("node-5", *given.L40S, memory="512Gi", taints=[LACKS_MEMORY], ready=False)],
+                 {}, "memory 50.0 GiB → 75.0 GiB", id="that is away for a moment, as after running out of memory"),
+    pytest.param([given.cpu_node("node-2", "512Gi")], {}, "memory 50.0 GiB → 75.0 GiB",
+                 id="none is there: its pod waits for one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "edits", "change"), FOR_MORE_MEMORY)
+def test_more_host_memory_than_its_nodes_have_is_not_asked_for(
+    nodes: list[Any], edits: dict[str, Any], change: str | None
+) -> None:
     """The pod would wait for ever for a node that can take it."""
-    of = job(None, INSPECT, plan=given.plan(given.job(), host_memory_bytes=50 * given.GIB))
-    step = next_step(of, given.seen(of, {"train-1": OOM_KILLED}, nodes=NODES), NOW)
-    assert step.status.attempts[-1].change is None
+    of = given.job({"podTemplate": {}} | edits)
+    of = given.history(of, INSPECT, plan=given.plan(of, host_memory_bytes=50 * given.GIB))
+    selected = [given.gpu_node("node-0", *given.L40S, labels={"team": "ml"}), *nodes]
+    step = next_step(of, given.seen(of, {"train-1": OOM_KILLED}, nodes=selected if edits else nodes), NOW)
+    assert step.status.attempts[-1].change == change
+
+
+def test_each_node_of_a_plan_on_several_needs_the_memory() -> None:
+    plan = given.plan(given.job(), gpus=2, nodes=2, micro_batch_size=1, host_memory_bytes=50 * given.GIB)
+    of = job(None, INSPECT, plan=plan)
+    ends = {"train-1": OOM_KILLED}
+    one = next_step(of, given.seen(of, ends, nodes=[*NODES, LARGE_NODE]), NOW)
+    assert one.status.attempts[-1].change is None
+    two = [*NODES, LARGE_NODE, given.gpu_node("node-6", *given.L40S, memory="100Gi")]
+    assert next_step(of, given.seen(of, ends, nodes=two), NOW).status.attempts[-1].change is not None
+
+
+def test_a_stage_without_gpus_asks_for_more_as_far_as_any_node_has_it() -> None:
+    of = job(FULL, INSPECT, TRAIN, PUBLISH_ADAPTER)
+    ends, installation = {"merge-1": OOM_KILLED}, Installation(stage_memory_bytes=30 * given.GIB)
+    for nodes, change in (([CPU_NODE, TAINTED], None), ([CPU_NODE, *NODES], "memory 30.0 GiB → 45.0 GiB")):
+        seen = replace(given.seen(of, ends, nodes=nodes), installation=installation)
+        assert next_step(of, seen, NOW).status.attempts[-1].change == change
 
 
 def test_training_brings_scores_loss_measured_memory_and_the_adapter() -> None:
