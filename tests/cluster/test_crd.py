@@ -37,6 +37,7 @@ from qlora_api.v1alpha1 import (
     JobStatus,
     MemoryItem,
     MemoryPlan,
+    OlderAttempts,
     Phase,
     Plan,
     Progress,
@@ -420,8 +421,10 @@ STATUS = JobStatus(
             number=1, stage="train", artifact="adapter", job="support-bot-train-1", node="node1", started=NOW,
             ended=NOW,
             outcome="OutOfMemory", exit_code=13, message="no memory", change="micro-batch 4",
+            step=7,
         ),
     ),
+    older_attempts=(OlderAttempts(stage="publish", artifact="adapter", outcome="Interrupted", count=3, seconds=40),),
     usage=Usage(run_seconds=4000, gpu_seconds=3600),
     cleanup_time=NOW,
     evaluation=EvaluationResult(

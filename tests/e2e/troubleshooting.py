@@ -305,6 +305,11 @@ def page() -> str:
         "`status.attempts` has the outcome of each, its exit code, what it said, and the `change` made for the next "
         "one. What an\nattempt says by its exit code goes before what the kubelet says of it.\n",
         _answers(),
+        "The back-off is doubled by each such end, whatever its reason, and begins anew once the training has come a "
+        "step further than\nbefore (`attempts[].step`). What does not count may happen without end, for it is not the "
+        "job's fault: `budget` bounds what\nit may cost (`maxRuntime` and `maxGPUHours` count what ran in vain, too). "
+        "Of the ends of each stage the first, the newest ten\nand those with a `change` are listed; "
+        "`status.olderAttempts` counts the others by outcome, and their pods and logs are deleted.\n",
         "Some ends are none: a pod that is evicted or preempted is replaced within its attempt; an image that cannot "
         "be pulled,\na claim or a node that is not there is waited for, and so is a pod whose node has stopped "
         "answering (`NodeLost` in\n`Scheduled=False`): only when the node is back, deleted or tainted "

@@ -169,6 +169,19 @@ class Attempt(Document):
     exit_code: int | None = Field(default=None, description="Exit code of its container.")
     message: str | None = Field(default=None, description="What it said at the end.")
     change: str | None = Field(default=None, description="What is done differently in the next attempt.")
+    step: int | None = Field(
+        default=None, description="The furthest step that the training was known to have come to by then."
+    )
+
+
+class OlderAttempts(Document):
+    """Ends of attempts that `attempts` lists no longer, counted."""
+
+    stage: str = Field(description="inspect, train, merge or publish.")
+    artifact: str | None = Field(default=None, description="What was published.")
+    outcome: str = Field(description="How they ended.")
+    count: int = Field(default=0, description="How many.")
+    seconds: int = Field(default=0, description="So long they ran, together.")
 
 
 class Usage(Document):
@@ -241,7 +254,14 @@ class JobStatus(Document):
     plan: Plan | None = Field(default=None, description="How the training will run, and why there.")
     work_volume: WorkVolume | None = Field(default=None, description="The claim that the stages work in.")
     progress: Progress | None = Field(default=None, description="How far the training is.")
-    attempts: tuple[Attempt, ...] = Field(default=(), description="Every run of every stage, in order.")
+    attempts: tuple[Attempt, ...] = Field(
+        default=(),
+        description="The runs of every stage, in order: of those that have ended the first, the newest ten and those "
+        "after which something was changed.",
+    )
+    older_attempts: tuple[OlderAttempts, ...] = Field(
+        default=(), description="The other runs that have ended, by stage and outcome."
+    )
     usage: Usage | None = Field(default=None, description="What the job has used up.")
     evaluation: EvaluationResult | None = Field(default=None, description="What the tuned model is worth.")
     cleanup_time: Timestamp | None = Field(

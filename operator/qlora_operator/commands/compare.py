@@ -86,7 +86,8 @@ class Compared:
     def training_seconds(self) -> int | None:
         """So long its attempts at the training have run, as far as they have ended."""
         runs = [a for a in self.job.status.attempts if a.stage == "train" and a.started and a.ended]
-        return sum(round((a.ended - a.started).total_seconds()) for a in runs if a.started and a.ended) or None
+        older = sum(ends.seconds for ends in self.job.status.older_attempts if ends.stage == "train")
+        return older + sum(round((a.ended - a.started).total_seconds()) for a in runs if a.started and a.ended) or None
 
     @property
     def gpu_hours(self) -> float | None:

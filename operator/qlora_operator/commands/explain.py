@@ -168,6 +168,8 @@ def show(job: Job, console: Console) -> None:
         for attempt in status.attempts:
             change = f"; next: {attempt.change}" if attempt.change else ""
             say(console, f"  {watch.ending(attempt)}{change}")
+        for older in status.older_attempts:
+            say(console, f"  {watch.older(older)}")
     _head(console, "what to do")
     for sentence in advice(job):
         say(console, f"  {sentence}")
@@ -265,5 +267,6 @@ def _as_document(job: Job) -> dict[str, Any]:
     if plan := status.plan:
         document["plan"] = plan.to_api() | {"where": where(plan), "why": why_there(plan)}
     document["attempts"] = [attempt.to_api() for attempt in status.attempts]
+    document["olderAttempts"] = [older.to_api() for older in status.older_attempts]
     document["advice"] = advice(job)
     return document

@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.v1alpha1 import GROUP, PLURAL, Attempt, Metadata, Phase, Progress, problems
+from qlora_api.v1alpha1 import GROUP, PLURAL, Attempt, Metadata, OlderAttempts, Phase, Progress, problems
 from qlora_api.v1alpha1.fields import Document
 from qlora_operator.commands.kubectl import NOT_THERE, declare_options, kubectl
 
@@ -73,6 +73,7 @@ class Status(Document):
     message: str = ""
     progress: Progress = Progress()
     attempts: tuple[Attempt, ...] = ()
+    older_attempts: tuple[OlderAttempts, ...] = ()
 
 
 class Job(Document):
@@ -246,12 +247,22 @@ COLOURS: dict[str, str] = {Phase.SUCCEEDED: "bold green", Phase.FAILED: "bold re
 def failure(job: Job) -> list[str]:
     """Why a job has failed: its message, and each attempt that did not succeed."""
     failed = [attempt for attempt in job.status.attempts if attempt.outcome not in (None, "Succeeded")]
-    return [f"{job.full_name} has failed: {job.status.message}", *(f"  {ending(attempt)}" for attempt in failed)]
+    said = [*(ending(attempt) for attempt in failed), *(older(ends) for ends in job.status.older_attempts)]
+    return [f"{job.full_name} has failed: {job.status.message}", *(f"  {line}" for line in said)]
+
+
+def older(ends: OlderAttempts) -> str:
+    """How attempts have ended that are listed no longer, in one line."""
+    return f"{_what(ends)}, {ends.count} older attempt{'s' * (ends.count > 1)}: {ends.outcome}"
+
+
+def _what(ran: Attempt | OlderAttempts) -> str:
+    return f"{ran.stage} {ran.artifact}" if ran.artifact else ran.stage
 
 
 def ending(attempt: Attempt) -> str:
     """How an attempt has ended, in one line."""
-    what = f"{attempt.stage} {attempt.artifact}" if attempt.artifact else attempt.stage
+    what = _what(attempt)
     where = f" on {attempt.node}" if attempt.node else ""
     code = "" if attempt.exit_code is None else f", exit code {attempt.exit_code}"
     said = f": {attempt.message}" if attempt.message else ""

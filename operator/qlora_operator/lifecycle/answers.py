@@ -179,6 +179,7 @@ OUTCOME_OF_REASON: dict[str, Outcome] = {
 }
 FOR_GOOD = frozenset(how for how, row in ANSWERS.items() if row.for_good)
 COUNTED = frozenset(how for how, row in ANSWERS.items() if row.counted)
+CHANGED = frozenset(how for how, row in ANSWERS.items() if row.change)
 ANOTHER_NODE = frozenset(how for how, row in ANSWERS.items() if row.another_node)
 KEEPS_VOLUME = frozenset(how for how, row in ANSWERS.items() if row.keeps_volume)
 
@@ -211,10 +212,12 @@ class Again:
     delay: timedelta
 
 
-def answer(attempts: Sequence[Attempt], retry: Retry) -> GiveUp | Again:
-    """What follows the last of a task's ended, unsuccessful `attempts`.
+def answer(attempts: Sequence[Attempt], retry: Retry, older: int = 0) -> GiveUp | Again:
+    """What follows the last of a task's ended, unsuccessful `attempts`; of those that are not listed any more, `older`
+    count as restarts.
 
-    One whose answer is a change has it noted when it is recorded, if there is one to be made.
+    One whose answer is a change has it noted when it is recorded, if there is one to be made. The back-off grows with
+    each end, whatever its reason, until the training has come a step further than before.
     """
     last = attempts[-1]
     how = Outcome(last.outcome or Outcome.CRASHED)
@@ -225,13 +228,21 @@ def answer(attempts: Sequence[Attempt], retry: Retry) -> GiveUp | Again:
         return GiveUp(how, message)
     if row.change:
         return Again(timedelta()) if last.change else GiveUp(how, message, row.change)
-    if not row.counted:
-        in_a_row = next((i for i, a in enumerate(reversed(attempts)) if a.outcome != how), len(attempts))
-        return Again(_back_off(row.first, in_a_row))
-    restarts = sum(1 for attempt in attempts if attempt.outcome in COUNTED)
-    if restarts > retry.max_restarts:
+    restarts = older + sum(1 for attempt in attempts if attempt.outcome in COUNTED)
+    if row.counted and restarts > retry.max_restarts:
         return GiveUp("TooManyRestarts", f"{message} (restarted {retry.max_restarts} times, spec.retry.maxRestarts)")
-    return Again(_back_off(row.first, restarts))
+    return Again(_back_off(row.first, _since_it_got_further(attempts)))
+
+
+def _since_it_got_further(attempts: Sequence[Attempt]) -> int:
+    """So many of the last attempts ended such that the next one waits, from the last on that did a step which none had
+    done before; a change is made at once and comes to its own end."""
+    ends = 0
+    for before, attempt in zip((None, *attempts), attempts, strict=False):
+        if (attempt.step or 0) > ((before and before.step) or 0):
+            ends = 0
+        ends += attempt.outcome not in CHANGED
+    return ends
 
 
 def _back_off(first: timedelta, times: int) -> timedelta:

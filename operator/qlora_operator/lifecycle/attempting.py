@@ -5,25 +5,30 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from qlora_api.v1alpha1 import JobStatus, Phase
-from qlora_operator.lifecycle import changes, results
-from qlora_operator.lifecycle.answers import ANSWERS, Again, GiveUp, Outcome, answer
+from qlora_operator.lifecycle import changes, history, results
+from qlora_operator.lifecycle.answers import ANSWERS, COUNTED, Again, GiveUp, Outcome, answer
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
+from qlora_operator.lifecycle.progress import furthest_step
 from qlora_operator.lifecycle.standing import NOW, SOON, fail, in_state, say, underway
-from qlora_operator.lifecycle.step import Action, Start, Step, Stop
-from qlora_operator.lifecycle.tasks import Task, current, ended
+from qlora_operator.lifecycle.step import Action, Remove, Start, Step, Stop
+from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, tasks
 
 
 def attempts_have_ended(job: Job, seen: Observed, now: datetime) -> Step | None:
-    """Record every attempt that is over, with its result, before anything builds on it."""
+    """Record every attempt that is over, with its result, before anything builds on it. Of those that are listed no
+    longer nothing is left in the cluster."""
     status = job.status
     for task, n, state in in_state(job, seen, Ended):
-        status = results.recorded(status, job.metadata.name, task, n, state)
+        step = furthest_step(job, seen, task.job_name(job.metadata.name, n)) if task == TRAIN else None
+        status = results.recorded(status, job.metadata.name, task, n, state, step)
         status = _with_what_changes(Job(job.metadata, job.spec, status), task, seen)
     if status is job.status:
         return None
+    status, older = history.condensed(status)
     after = Job(job.metadata, job.spec, status)
-    return say(after, seen, now, underway(after, seen), after=NOW)
+    left = tuple(Remove(task, a.number) for task in tasks(job.spec) for a in older if task.is_of(a))
+    return say(after, seen, now, underway(after, seen), actions=left, after=NOW)
 
 
 def _with_what_changes(job: Job, task: Task, seen: Observed) -> JobStatus:
@@ -125,4 +130,5 @@ def verdict_on(job: Job, task: Task) -> GiveUp | Again | None:
     attempts = ended(job.status, task)
     if not attempts or attempts[-1].outcome == Outcome.SUCCEEDED:
         return None
-    return answer(attempts, job.spec.retry)
+    older = sum(a.count for a in job.status.older_attempts if task.is_of(a) and a.outcome in COUNTED)
+    return answer(attempts, job.spec.retry, older)

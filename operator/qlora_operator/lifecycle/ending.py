@@ -7,14 +7,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from qlora_api.exchange import Stage
-from qlora_api.v1alpha1 import Attempt, JobStatus, Phase
+from qlora_api.v1alpha1 import JobStatus, Phase
 from qlora_operator.lifecycle import budget
 from qlora_operator.lifecycle.answers import KEEPS_VOLUME
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Active, Job, Observed, Stopping
 from qlora_operator.lifecycle.standing import FINISHED, NOW, SOON, fail, in_state, say, underway
 from qlora_operator.lifecycle.step import Action, DeleteWorkVolume, Remove, Step, Stop
-from qlora_operator.lifecycle.tasks import TRAIN, Task, current, is_done, tasks
+from qlora_operator.lifecycle.tasks import TRAIN, current, is_done, tasks
 
 
 def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -27,7 +27,7 @@ def job_is_over(job: Job, seen: Observed, now: datetime) -> Step | None:
     if volume and volume.retained and not _is_kept(job):
         # a claim stays in use for as long as a pod that mounted it exists, be it finished
         mounted = [a for a in status.attempts if a.stage != Stage.INSPECT]
-        actions += [Stop(task, a.number) for a in mounted for task in tasks(job.spec) if _is_of(a, task)]
+        actions += [Stop(task, a.number) for a in mounted for task in tasks(job.spec) if task.is_of(a)]
         actions.append(DeleteWorkVolume())
         left = tuple(artifact for artifact in status.artifacts if artifact.state == "Published")
         gone = volume.model_copy(update={"retained": False})
@@ -51,7 +51,7 @@ def _until_cleanup(job: Job, now: datetime) -> timedelta | None:
 def _cleaned_up(job: Job, status: JobStatus, now: datetime) -> tuple[JobStatus, tuple[Action, ...]]:
     """Everything that was made for the job goes, but for what is published, and a volume that is to be kept."""
     actions: list[Action] = [
-        Remove(task, a.number) for a in status.attempts for task in tasks(job.spec) if _is_of(a, task)
+        Remove(task, a.number) for a in status.attempts for task in tasks(job.spec) if task.is_of(a)
     ]
     actions += [Remove(task, n) for task, n in current(job.spec, status)]  # one that was stopped has left its order
     update: dict[str, Any] = {"cleanup_time": now.replace(microsecond=0)}
@@ -98,10 +98,6 @@ def in_time_for_the_budget(step: Step, job: Job, seen: Observed, now: datetime) 
     if left is None or step.status.phase in FINISHED:
         return step
     return replace(step, after=left if step.after is None else min(left, step.after))
-
-
-def _is_of(attempt: Attempt, task: Task) -> bool:
-    return (attempt.stage, attempt.artifact) == (task.stage, task.artifact)
 
 
 def _is_kept(job: Job) -> bool:

@@ -7,7 +7,7 @@ from qlora_api.v1alpha1 import ConditionStatus, ConditionType, Phase, Plan
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Active, Job, Observed
 from qlora_operator.lifecycle.pending import Wait
-from qlora_operator.lifecycle.tasks import TRAIN, Task, ended, is_done, tasks
+from qlora_operator.lifecycle.tasks import TRAIN, Task, is_done, next_number, tasks
 
 Said = tuple[ConditionStatus, str, str]
 
@@ -38,7 +38,7 @@ def milestones(job: Job, seen: Observed, situation: Situation, failed_at: Task |
         said[ConditionType.PLANNED] = ("True", "Planned", in_brief(plan))
     elif situation.phase is Phase.PLANNING or (situation.stance is Stance.FAILED and failed_at is None):
         said[ConditionType.PLANNED] = ("False", situation.reason, situation.message)
-    training = seen.attempts.get(TRAIN.job_name(job.metadata.name, len(ended(status, TRAIN)) + 1))
+    training = seen.attempts.get(TRAIN.job_name(job.metadata.name, next_number(status, TRAIN)))
     if is_done(status, TRAIN):
         said[ConditionType.SCHEDULED] = ("True", "Scheduled", "")
         loss = f"loss {status.progress.loss:.3f}" if status.progress and status.progress.loss is not None else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlora_api.exchange import ProgressName, Stage
 from qlora_api.v1alpha1 import JobSpec, JobStatus, Progress
 from qlora_operator.lifecycle.observed import Active, Job, Observed, Reported
-from qlora_operator.lifecycle.tasks import TRAIN, current, is_done, tasks
+from qlora_operator.lifecycle.tasks import TRAIN, current, ended, is_done, tasks
 
 #: What each stage counts in `percent`: training takes most of a job's time.
 WEIGHT = {Stage.INSPECT: 1, Stage.TRAIN: 16, Stage.MERGE: 2, Stage.PUBLISH: 1}
@@ -28,6 +28,17 @@ def progress(job: Job, seen: Observed) -> Progress:
         known = _with_report(known, report)
     share = known.step / known.steps if known.step and known.steps else 0.0
     return known.model_copy(update={"percent": percent(job.spec, job.status, min(1.0, share))})
+
+
+def furthest_step(job: Job, seen: Observed, attempt: str) -> int | None:
+    """The furthest step that the training is known to have come to, when its `attempt` has ended: an attempt goes on
+    from a checkpoint, which is behind the end of the one before."""
+    known = [a.step for a in ended(job.status, TRAIN)]
+    if job.status.progress:
+        known.append(job.status.progress.step)
+    if seen.reported is not None and seen.reported.attempt == attempt:
+        known.append(_whole(seen.reported.numbers.get(ProgressName.STEP)))
+    return max((step for step in known if step is not None), default=None)
 
 
 def _is_of_the_attempt_under_way(report: Reported, job: Job, seen: Observed) -> bool:

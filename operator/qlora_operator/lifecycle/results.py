@@ -22,8 +22,9 @@ def fingerprint(*parts: Any) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
 
-def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended) -> JobStatus:
-    """`status` with the ended attempt `n` of `task`, and with its result if it has one."""
+def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended, step: int | None = None) -> JobStatus:
+    """`status` with the ended attempt `n` of `task`, at whose end the training had come to `step`, and with its result
+    if it has one."""
     how = outcome(seen)
     failure = seen.report.failure if seen.report and seen.report.failure else seen.detail
     attempt = Attempt(
@@ -37,6 +38,7 @@ def recorded(status: JobStatus, job: str, task: Task, n: int, seen: Ended) -> Jo
         outcome=how,
         exit_code=seen.exit_code,
         message=None if how is Outcome.SUCCEEDED else (failure or None) and failure[:MESSAGE_MAX],
+        step=step,
     )
     others = tuple(a for a in status.attempts if a.job != attempt.job)
     usage = budget.with_run(status.usage, attempt, attempt.ended, status.plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_api.exchange import ArtifactName, Stage
-from qlora_api.v1alpha1 import Attempt, JobSpec, JobStatus
+from qlora_api.v1alpha1 import Attempt, JobSpec, JobStatus, OlderAttempts
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class Task:
     @property
     def name(self) -> str:
         return self.stage if self.artifact is None else f"{self.stage}-{self.artifact}"
+
+    def is_of(self, ends: Attempt | OlderAttempts) -> bool:
+        """Whether `ends` speaks of this task."""
+        return (ends.stage, ends.artifact) == (self.stage, self.artifact)
 
     def job_name(self, job: str, attempt: int) -> str:
         """Name of the batch/v1 Job, which is also its order's: at most 63 characters for jobs of at most 40."""
@@ -45,8 +49,8 @@ def tasks(spec: JobSpec) -> tuple[Task, ...]:
 
 
 def ended(status: JobStatus, task: Task) -> list[Attempt]:
-    """The task's attempts that are over, in order."""
-    return [a for a in status.attempts if a.stage == task.stage and a.artifact == task.artifact and a.outcome]
+    """The task's attempts that are over, in order, as far as they are listed."""
+    return [a for a in status.attempts if task.is_of(a) and a.outcome]
 
 
 def is_done(status: JobStatus, task: Task) -> bool:
@@ -54,12 +58,17 @@ def is_done(status: JobStatus, task: Task) -> bool:
     return any(attempt.outcome == "Succeeded" for attempt in ended(status, task))
 
 
+def next_number(status: JobStatus, task: Task) -> int:
+    """The number of the task's attempt that runs, or is to: not all that have ended are listed."""
+    return 1 + max((attempt.number for attempt in ended(status, task)), default=0)
+
+
 def current(spec: JobSpec, status: JobStatus) -> list[tuple[Task, int]]:
     """The tasks that may run now, each with the number of its attempt (from 1)."""
     todo = tasks(spec)
     done = {task.name for task in todo if is_done(status, task)}
     return [
-        (task, len(ended(status, task)) + 1)
+        (task, next_number(status, task))
         for task in todo
         if task.name not in done and all(need in done for need in task.needs)
     ]

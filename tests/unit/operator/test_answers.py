@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -11,7 +13,7 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 
 from qlora_api.exchange import ExitCode, Inspection, Recipe
-from qlora_api.v1alpha1 import Attempt, JobSpec, Plan, Retry
+from qlora_api.v1alpha1 import Attempt, JobSpec, JobStatus, Plan, Retry
 from qlora_operator.lifecycle.answers import (
     ANSWERS,
     COUNTED,
@@ -22,7 +24,9 @@ from qlora_operator.lifecycle.answers import (
     answer,
     outcome,
 )
+from qlora_operator.lifecycle.history import condensed
 from qlora_operator.lifecycle.observed import Ended
+from qlora_operator.lifecycle.tasks import Task, ended, next_number, tasks
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.planner import (
     Installation,
@@ -34,7 +38,7 @@ from qlora_operator.planner import (
     with_less_memory,
 )
 from tests.unit.operator import given
-from tests.unit.operator.given import TRAIN
+from tests.unit.operator.given import MERGE, TRAIN
 
 OUTCOMES = [
     pytest.param(given.exited(10), "BadInput", id="bad input"),
@@ -104,7 +108,8 @@ ANSWER: list[Any] = [
     pytest.param(failed("Interrupted"), NEVER, seconds(2), id="an interruption is nobody's fault"),
     pytest.param(failed(*["Interrupted"] * 3), RETRY, seconds(8), id="three in a row: not a busy loop"),
     pytest.param(failed(*["Interrupted"] * 50), NEVER, seconds(300), id="however often"),
-    pytest.param(failed("Interrupted", "Crashed", "Interrupted"), RETRY, seconds(2), id="only those in a row count"),
+    pytest.param(failed("Interrupted", "Crashed", "Interrupted"), RETRY, seconds(8), id="whatever lies between"),
+    pytest.param(failed(*["Interrupted", "NodeLost"] * 20), NEVER, seconds(300), id="in turns, for ever"),
     pytest.param(failed("NodeLost"), NEVER, seconds(2), id="nor is a node's end"),
     pytest.param(failed("NodeLost", "NodeLost"), NEVER, seconds(4), id="twice"),
     pytest.param(failed("Crashed"), RETRY, seconds(10), id="first crash"),
@@ -118,7 +123,7 @@ ANSWER: list[Any] = [
     pytest.param(failed(*["Crashed"] * 100), Retry(max_restarts=100), seconds(300), id="after a hundred too"),
     pytest.param(failed("Crashed"), NEVER, "TooManyRestarts", id="no restarts allowed"),
     pytest.param(
-        failed("Interrupted", "Crashed", "Interrupted", "Crashed"), RETRY, seconds(20), id="interruptions do not add"
+        failed("Interrupted", "Crashed", "Interrupted", "Crashed"), RETRY, seconds(80), id="nor is a crash anything new"
     ),
     pytest.param(failed("OutOfMemory", "Crashed"), RETRY, seconds(10), id="nor does out of memory"),
     pytest.param(failed("OutOfMemory", change="8 → 4"), NEVER, seconds(0), id="with a change: at once"),
@@ -126,6 +131,26 @@ ANSWER: list[Any] = [
     pytest.param(failed("HostOutOfMemory", change="6 → 9 GiB"), NEVER, seconds(0), id="more host memory: at once"),
     pytest.param(failed("HostOutOfMemory"), RETRY, "HostOutOfMemory", id="no more to be had"),
 ]  # fmt: skip
+
+
+BACK_OFF: list[Any] = [
+    # how attempts ended and at which step, what follows
+    pytest.param([("Interrupted", 40)], seconds(2), id="the first"),
+    pytest.param([("Interrupted", 40), ("Interrupted", 41)], seconds(2), id="each a step further: as if the first"),
+    pytest.param([("Interrupted", 40), ("Interrupted", 40)], seconds(4), id="no further"),
+    pytest.param([("Crashed", None), ("NodeLost", None), ("Crashed", 7)], seconds(10), id="further than nothing"),
+    pytest.param([("Crashed", 7), ("NodeLost", 7), ("Stalled", 7)], seconds(40), id="counted on from the furthest"),
+    pytest.param([("Crashed", 7), ("Interrupted", 9), ("Crashed", 9)], seconds(20), id="from an interruption too"),
+    pytest.param([("Crashed", 7), ("OutOfMemory", 9), ("Crashed", 9)], seconds(10), id="or from out of memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ends", "expected"), BACK_OFF)
+def test_the_back_off_grows_until_the_training_gets_further(
+    ends: list[tuple[str, int | None]], expected: Again
+) -> None:
+    attempts = [given.attempt(TRAIN, n, how, step=step) for n, (how, step) in enumerate(ends, start=1)]
+    assert answer(attempts, RETRY) == expected
 
 
 @pytest.mark.parametrize(("attempts", "retry", "expected"), ANSWER)
@@ -173,6 +198,55 @@ def test_there_is_always_an_answer_and_restarts_are_bounded(how: list[Outcome], 
         assert how[-1] not in COUNTED or sum(one in COUNTED for one in how) <= most
         assert how[-1] not in FOR_GOOD
         assert timedelta() <= verdict.delay <= timedelta(minutes=5)
+
+
+# --- what is not listed any more ---
+
+ENDS = st.tuples(
+    st.sampled_from([TRAIN, MERGE]),
+    st.sampled_from(["Interrupted", "Interrupted", "NodeLost", "Crashed", "OutOfMemory", "HostOutOfMemory"]),
+    st.integers(0, 1),
+)
+
+
+@for_all(st.lists(ENDS, max_size=90), st.integers(0, 100))
+def test_what_is_listed_no_longer_changes_no_answer(ends: list[tuple[Task, str, int]], most: int) -> None:
+    """Recorded one by one, as they come, and held against a history in which nothing is left out."""
+    retry, listed = Retry(max_restarts=most), JobStatus()
+    all_of: dict[Task, list[Attempt]] = {TRAIN: [], MERGE: []}
+    gone: list[str] = []
+    for task, how, further in ends:
+        before = all_of[task]
+        step = (before[-1].step or 0) + further if before else further
+        change = "less" if "Memory" in how else None
+        attempt = given.attempt(task, next_number(listed, task), how, step=step, change=change)
+        before.append(attempt)
+        listed, older = condensed(listed.model_copy(update={"attempts": (*listed.attempts, attempt)}))
+        gone += [one.job for one in older]
+        counted = sum(a.count for a in listed.older_attempts if task.is_of(a) and a.outcome in COUNTED)
+        assert answer(ended(listed, task), retry, counted) == answer(before, retry)
+    assert Counter(gone).keys() | {a.job for a in listed.attempts} == {a.job for of in all_of.values() for a in of}
+    assert len(gone) == len(set(gone)), "its children are deleted once"
+    for task, everything in all_of.items():
+        assert [a.number for a in everything] == list(range(1, len(everything) + 1))
+        assert sum(a.change is None for a in ended(listed, task)) <= 11
+        assert [a for a in ended(listed, task) if a.change] == [a for a in everything if a.change]
+        totals = Counter(a.outcome for a in ended(listed, task))
+        totals.update({a.outcome: a.count for a in listed.older_attempts if task.is_of(a)})
+        assert totals == Counter(a.outcome for a in everything)
+
+
+def test_a_history_without_end_stays_small() -> None:
+    """etcd takes 1.5 MiB: long messages, in characters of three bytes."""
+    status = JobStatus()
+    for task in tasks(given.job({"output.formats": given.BOTH}).spec):
+        for n in range(1, 500):
+            ran = {"started": given.NOW - timedelta(seconds=3), "message": "…" * 1000, "step": n}
+            attempt = given.attempt(task, n, ("Interrupted", "NodeLost")[n % 2], **ran)
+            status, _ = condensed(status.model_copy(update={"attempts": (*status.attempts, attempt)}))
+    assert len(json.dumps(status.to_api(), ensure_ascii=False).encode()) < 256 * 1024
+    assert sum(older.count for older in status.older_attempts) + len(status.attempts) == 5 * 499
+    assert {older.seconds for older in status.older_attempts} == {3 * 244}
 
 
 # --- less GPU memory ---

@@ -54,6 +54,13 @@ def test_two_jobs_are_set_side_by_side(kubectl: Kubectl, capsys: pytest.CaptureF
     assert lines["gates"] == ["not held: exactMatch min 0.75", "held"]
 
 
+def test_attempts_that_are_listed_no_longer_took_time(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]):
+    found = qlora_and_lora()
+    older = [{"stage": stage, "outcome": "Interrupted", "count": 4, "seconds": 3600} for stage in ("train", "merge")]
+    found["items"][0]["status"]["olderAttempts"] = older
+    assert told(kubectl, capsys, found)["time"] == ["3h", "1h"]
+
+
 def test_the_first_that_is_named_stands_first(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]):
     found = qlora_and_lora()
     found["items"].reverse()

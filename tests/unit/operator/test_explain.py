@@ -195,6 +195,14 @@ def test_a_newer_operators_job_is_explained_too(kubectl: Kubectl, capsys: pytest
     assert told(kubectl, capsys, document).startswith("team-a/support-bot  Quantizing")
 
 
+def test_attempts_that_are_listed_no_longer_are_counted(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]):
+    document = ran_out_of_memory_and_waits()
+    document["status"]["olderAttempts"] = [{"stage": "train", "outcome": "Interrupted", "count": 31, "seconds": 9}]
+    assert below("attempts", told(kubectl, capsys, document))[2:] == ["  train, 31 older attempts: Interrupted"]
+    machines = yaml.safe_load(told(kubectl, capsys, document, "-o", "json"))
+    assert machines["olderAttempts"] == document["status"]["olderAttempts"]
+
+
 @pytest.mark.parametrize("output", ["json", "yaml"])
 def test_machines_get_the_same(kubectl: Kubectl, capsys: pytest.CaptureFixture[str], output: str):
     document = yaml.safe_load(told(kubectl, capsys, ran_out_of_memory_and_waits(), "-o", output))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qlora_api.exchange import Verdict
+from qlora_api.exchange import ProgressName, Verdict
 from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, Usage, WorkVolume
 from qlora_operator.lifecycle.attempting import template_of
-from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Seen, Stopping
+from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Reported, Seen, Stopping
 from qlora_operator.lifecycle.pending import Wait
 from qlora_operator.lifecycle.planning import is_to_be_planned
 from qlora_operator.lifecycle.policies import POLICIES, next_step
@@ -207,6 +207,12 @@ CASES = [
          says="support-bot-train-1 ended Crashed: boom; train starts again at 12:00:06 UTC"),
     Case("and starts again under the next name", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "Crashed",
          ended=NOW - timedelta(seconds=10))]), [Start(TRAIN, 2)], "Training", "Starting", after=2),
+    Case("interrupted for the twelfth time: of the second nothing is left but its count", job(None, INSPECT,
+         before=[given.attempt(TRAIN, n, "Interrupted") for n in range(1, 12)]), [Remove(TRAIN, 2)], "Training",
+         "Starting", attempts={"train-12": given.exited(14)}, after=0),
+    Case("and it goes on under the next name", job(None, INSPECT, before=[given.attempt(TRAIN, n, "Interrupted",
+         ended=NOW - timedelta(minutes=5)) for n in (1, *range(30, 40))]), [Start(TRAIN, 40)], "Training", "Starting",
+         after=2),
     Case("out of memory at micro-batch 8: again with 4", job(None, INSPECT), [], "Training", "Starting", after=0,
          attempts={"train-1": given.exited(13)}),
     Case("out of memory with nothing left to take away: the job fails, and says what would do",
@@ -448,6 +454,15 @@ def test_a_failed_attempt_is_recorded_with_what_it_said() -> None:
     )  # fmt: skip
     assert train.message == "no CUDA device on node-1"
     assert train.ended == NOW
+
+
+def test_an_ended_attempt_has_the_furthest_step_that_is_known() -> None:
+    reported = Reported("support-bot-train-2", NOW, None, None, {ProgressName.STEP: 9.0})
+    before = [given.attempt(TRAIN, 1, "Crashed", step=7)]
+    for progress, report, step in ((None, None, 7), (8, None, 8), (8, reported, 9), (3, None, 7)):
+        of = job(None, INSPECT, before=before, progress=Progress(step=progress))
+        seen = replace(given.seen(of, {"train-2": given.exited(14)}), reported=report)
+        assert next_step(of, seen, NOW).status.attempts[-1].step == step
 
 
 def test_out_of_memory_keeps_the_effective_batch_and_says_the_change() -> None:

@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from qlora_api.exchange import ExitCode, MergeOrder, TrainOrder, parse_order
-from qlora_api.v1alpha1 import JobStatus
+from qlora_api.exchange import ExitCode, MergeOrder, ProgressName, TrainOrder, parse_order
+from qlora_api.v1alpha1 import Attempt, JobStatus
 from qlora_operator.cluster import ApiError, Cluster, require_ours
 from qlora_operator.lifecycle.answers import COUNTED
+from qlora_operator.lifecycle.observed import Reported
 from qlora_operator.lifecycle.tasks import Task, tasks
 from qlora_operator.metrics import ATTEMPTS, Metrics
 from qlora_operator.placement.inventory import Inventory
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.reports import Reports
 from qlora_operator.settings import Settings
 from qlora_operator.waiting import Waiting
 from qlora_operator.workqueue import WorkQueue
@@ -43,6 +45,17 @@ CURABLE = ["result", "lost result", "result, pod gone", "pod gone", 1, 13, 13, 1
 
 class Died(BaseException):
     """The operator was killed: nothing after this call has happened."""
+
+
+class Heard(Reports):
+    """What the world's trainer has said, without the way over the network."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, lambda key: None)
+        self._world = world
+
+    def newest(self, job_uid: str) -> Reported | None:
+        return self._world.reported
 
 
 def stamp(at: datetime) -> str:
@@ -65,6 +78,7 @@ class World(Cluster):
         self.calls_until_death: int | None = None
         self.refuses: int | None = None
         self.bindings: set[str] = set()
+        self.reported: Reported | None = None
         self.writes = 0
 
     # --- what the operator calls ---
@@ -150,6 +164,7 @@ class World(Cluster):
         status = self.status
         done = {a.job for a in status.attempts if a.outcome}
         assert name not in done, f"{name} has ended and is recorded"
+        self._has_waited([a for a in status.attempts if named(a) == task and a.outcome])
         assert task not in {named(a) for a in status.attempts if a.outcome == "Succeeded"}, f"{task} again"
         assert status.phase not in OVER, "a finished job starts nothing"
         assert not self.object["spec"].get("suspend") or task == "inspect", "suspended"
@@ -162,18 +177,34 @@ class World(Cluster):
             assert self.status.plan is not None
             assert order.recipe == self.status.plan.recipe
 
+    def _has_waited(self, before: list[Attempt]) -> None:
+        """Twice as long with each end, until a step is done that was not done before."""
+        if not before or before[-1].change or before[-1].ended is None:
+            return
+        in_vain = [a for a in before if a.step == before[-1].step and not a.change]
+        least = min(2 ** len(in_vain), 300)
+        assert datetime.now(UTC) - before[-1].ended >= timedelta(seconds=least), "a busy loop"
+
     def _may_write(self, document: Raw) -> None:
         before, after = self.status, JobStatus.model_validate(document, by_alias=True, by_name=False)
         generation = self.object["metadata"]["generation"]
         assert after.observed_generation == generation
-        recorded = [a for a in before.attempts if a.outcome]
-        assert [a for a in after.attempts if a in recorded] == recorded, "an ended attempt was lost or changed"
+        recorded = {a.job: a for a in before.attempts if a.outcome}
+        assert all(recorded.get(a.job, a) == a for a in after.attempts), "an ended attempt was changed"
+        assert not ends(before) - ends(after), "an ended attempt was lost"
+        assert len(json.dumps(document)) < 60_000
         assert len({a.job for a in after.attempts}) == len(after.attempts), "an attempt is there twice"
+        for task in {named(a) for a in after.attempts}:
+            listed = [a for a in after.attempts if named(a) == task and a.outcome]
+            numbers = [a.number for a in listed]
+            assert numbers == sorted(set(numbers)), "out of order"
+            assert max(numbers, default=0) == sum(n for (of, _), n in ends(after).items() if of == task)
+            assert sum(a.change is None for a in listed) <= 11, "the status grows for ever"
         successes = [named(a) for a in after.attempts if a.outcome == "Succeeded"]
         assert len(set(successes)) == len(successes), "a result was recorded twice"
         for task in {named(a) for a in after.attempts}:
-            failures = [a for a in after.attempts if named(a) == task and a.outcome in COUNTED]
-            assert len(failures) <= self.max_restarts + 1, f"{task} restarted too often"
+            failures = sum(n for (of, outcome), n in ends(after).items() if of == task and outcome in COUNTED)
+            assert failures <= self.max_restarts + 1, f"{task} restarted too often"
         if after.plan is not None:
             plan = after.plan
             assert plan.recipe.effective_batch_size == self.effective_batch_size
@@ -309,6 +340,14 @@ class World(Cluster):
 TASKS: dict[str, Task] = {task.name: task for task in tasks(given.job({"output.formats": given.BOTH}).spec)}
 
 
+def ends(status: JobStatus) -> Counter[tuple[str, str | None]]:
+    """How attempts have ended, by task and outcome: those that are listed, and those that are only counted."""
+    found = Counter((named(a), a.outcome) for a in status.attempts if a.outcome)
+    for older in status.older_attempts:
+        found[named(older), older.outcome] += older.count
+    return found
+
+
 def named(attempt: Any) -> str:
     return attempt.stage + (f"-{attempt.artifact}" if attempt.artifact else "")
 
@@ -338,7 +377,8 @@ class Story:
             self.world.children["PersistentVolumeClaim", name] = claim
 
     def an_operator(self) -> Reconciler:
-        return Reconciler(self.world, SETTINGS, self.world.inventory, Waiting(WorkQueue()), metrics=self.metrics)
+        reports, waiting = Heard(self.world), Waiting(WorkQueue())
+        return Reconciler(self.world, SETTINGS, self.world.inventory, waiting, reports, metrics=self.metrics)
 
     def running(self) -> list[str]:
         return self.world.jobs_where(lambda job: not verdict(job) and not job["metadata"].get("deletionTimestamp"))
@@ -402,6 +442,22 @@ class Story:
         for name in self.one_running(n):
             how = CURABLE[n // 7 % len(CURABLE)]
             self.world.ends(name, 1 if how == 13 and "-train-" not in name else how)
+
+    def a_trainer_reports(self, n: int) -> None:
+        for name in self.running():
+            if "-train-" in name and self.world.pods_of.get(name):
+                numbers = {ProgressName.STEP: float(n % 12), ProgressName.STEPS: 12.0}
+                self.world.reported = Reported(name, datetime.now(UTC), None, None, numbers)
+
+    def is_interrupted_again_and_again(self, n: int) -> None:
+        """More often than is listed, and by turns for another reason."""
+        self.passes(3)
+        for times in range(12 + n % 3):
+            for name in self.one_running(0):
+                self.world.ends(name, (14, "Unknown")[times % 2])
+            self.a_pass()  # records it
+            self.world.age(600)
+            self.a_pass()  # starts the next
 
     def a_job_fails_for_good(self, n: int) -> None:
         for name in self.one_running(n):
@@ -470,7 +526,11 @@ class Story:
         elif world.status.work_volume is not None:
             there = ("PersistentVolumeClaim", f"{given.NAME}-work") in world.children
             assert there == (world.storage["retain"] in keeping)
-        recorded = Counter((a.stage, a.outcome) for a in world.status.attempts)
+        recorded: Counter[tuple[str, str | None]] = Counter()
+        for (task, outcome), count in ends(world.status).items():
+            recorded[TASKS[task].stage, outcome] += count
+        listed = {a.job for a in world.status.attempts}
+        assert {name for kind, name in world.children if kind == "Job"} <= listed, "left of what is listed no longer"
         assert self.counted() == recorded, "an attempt is missing from the metrics, or counted twice"
         writes = world.writes
         self.a_pass()
@@ -508,6 +568,8 @@ EVENTS: dict[Callable[[Story, int], None], int] = {
     Story.somebody_deletes_a_stage: 1,
     Story.gpus_come_and_go: 1,
     Story.a_job_fails_for_good: 1,
+    Story.a_trainer_reports: 1,
+    Story.is_interrupted_again_and_again: 1,
 }
 EVENT = st.sampled_from([event for event, weight in EVENTS.items() for _ in range(weight)])
 SPECS = st.fixed_dictionaries(

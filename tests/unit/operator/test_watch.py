@@ -19,7 +19,7 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qlora_api.v1alpha1 import Phase, Progress
+from qlora_api.v1alpha1 import OlderAttempts, Phase, Progress
 from qlora_operator.commands.watch import LOST, RECONNECTS, SUCCEEDED, Lost, documents, read, watch
 from qlora_operator.lifecycle.tasks import INSPECT, TRAIN
 from tests.unit.operator import given
@@ -138,13 +138,22 @@ def test_a_failed_job_says_why_and_which_attempts(kubectl: Kubectl) -> None:
         given.attempt(TRAIN, 1, "OutOfMemory", node="node-1", exit_code=13, message="out of memory: 2 GiB"),
         given.attempt(given.PUBLISH_ADAPTER, 2, "BadInput", exit_code=10),
     )
-    kubectl.play(event(Phase.FAILED, "output.uri: there is something already [there]", attempts=attempts))
+    older = (
+        OlderAttempts(stage="train", outcome="Interrupted", count=31),
+        OlderAttempts(stage="publish", artifact="adapter", outcome="NodeLost", count=1),
+    )
+    told = event(
+        Phase.FAILED, "output.uri: there is something already [there]", attempts=attempts, older_attempts=older
+    )
+    kubectl.play(told)
     ended = run(kubectl, "support-bot")
     assert ended.returncode == 1
     assert ended.stdout.splitlines()[1:] == [
         "team-a/support-bot has failed: output.uri: there is something already [there]",
         "  train, attempt 1 on node-1: OutOfMemory, exit code 13: out of memory: 2 GiB",
         "  publish adapter, attempt 2: BadInput, exit code 10",
+        "  train, 31 older attempts: Interrupted",
+        "  publish adapter, 1 older attempt: NodeLost",
     ]
 
 
