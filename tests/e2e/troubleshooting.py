@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_operator.lifecycle.answers import ANSWERS
+from qlora_operator.lifecycle.pending import WAITS
 from tests.cluster.settings import REGISTRY
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
@@ -310,10 +311,15 @@ def page() -> str:
         "job's fault: `budget` bounds what\nit may cost (`maxRuntime` and `maxGPUHours` count what ran in vain, too). "
         "Of the ends of each stage the first, the newest ten\nand those with a `change` are listed; "
         "`status.olderAttempts` counts the others by outcome, and their pods and logs are deleted.\n",
-        "Some ends are none: a pod that is evicted or preempted is replaced within its attempt; an image that cannot "
-        "be pulled,\na claim or a node that is not there is waited for, and so is a pod whose node has stopped "
-        "answering (`NodeLost` in\n`Scheduled=False`): only when the node is back, deleted or tainted "
-        "`node.kubernetes.io/out-of-service` is it safe to start\nanother on the same volume.\n",
+        "Some ends are none: a pod that is evicted or preempted is replaced within its attempt.\n",
+        "## What a stage waits for\n",
+        "A pod that does not run yet, or cannot end, is no attempt that has failed: the job waits, says why, and goes "
+        "on by itself when\nthe cause is gone. These are the reasons of `Ready=False` and, for the training, of "
+        "`Scheduled=False`.\n",
+        _waits(),
+        "No wait fails a job by itself, however long it lasts: the cause is mostly outside of it. Waiting for a node "
+        "costs nothing.\nA pod that has its node holds its GPUs, even while it waits for its image or its node is "
+        "silent: that counts as running, and\n`budget` bounds it. A job to be given up is deleted or suspended.\n",
     ]
     return "\n".join(parts)
 
@@ -326,6 +332,11 @@ def _table(rows: Iterable[Trouble]) -> str:
 def _answers() -> str:
     rows = (f"| {how} | {row.seen} | {row.follows} |\n" for how, row in ANSWERS.items())
     return "| outcome | recognised by | what follows |\n|---|---|---|\n" + "".join(rows)
+
+
+def _waits() -> str:
+    rows = (f"| {wait} | {row.seen} | {row.ends} |\n" for wait, row in WAITS.items())
+    return "| reason | recognised by | it goes on when |\n|---|---|---|\n" + "".join(rows)
 
 
 def _seen(row: Trouble) -> str:

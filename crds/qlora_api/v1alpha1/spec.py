@@ -600,7 +600,8 @@ class Budget(SpecPart):
 
     max_gpu_hours: Number | None = Field(default=None, gt=0, le=10_000_000, description="GPUs × hours of training.")
     max_runtime: Duration | None = Field(
-        default=None, description="Time that pods of the job run, such as 12h or 3d; waiting does not count."
+        default=None,
+        description="Time that pods of the job run, such as 12h or 3d; waiting for a node does not count.",
     )
 
 

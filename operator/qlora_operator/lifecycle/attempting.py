@@ -10,7 +10,7 @@ from qlora_operator.lifecycle.answers import ANSWERS, COUNTED, Again, GiveUp, Ou
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
 from qlora_operator.lifecycle.progress import furthest_step
-from qlora_operator.lifecycle.standing import NOW, SOON, fail, in_state, say, underway
+from qlora_operator.lifecycle.standing import NOW, SOON, fail, held, in_state, say, underway
 from qlora_operator.lifecycle.step import Action, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, tasks
 
@@ -88,7 +88,8 @@ def is_suspended(job: Job, seen: Observed, now: datetime) -> Step | None:
     stopping = [task for task, _, _ in in_state(job, seen, Stopping)]
     if running or stopping:
         names = ", ".join(sorted({task.name for task, _ in running} | {task.name for task in stopping}))
-        situation = Situation(Phase.SUSPENDED, "Suspending", f"stopping {names}, with a checkpoint")
+        message = "; ".join(filter(None, (f"stopping {names}, with a checkpoint", held(job, seen))))
+        situation = Situation(Phase.SUSPENDED, "Suspending", message)
         actions = tuple(Stop(task, n) for task, n in running)
         return say(job, seen, now, situation, actions=actions, after=SOON)
     message = "suspended; set spec.suspend to false to go on"

@@ -12,7 +12,7 @@ from qlora_operator.lifecycle import budget
 from qlora_operator.lifecycle.answers import KEEPS_VOLUME
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Active, Job, Observed, Stopping
-from qlora_operator.lifecycle.standing import FINISHED, NOW, SOON, fail, in_state, say, underway
+from qlora_operator.lifecycle.standing import FINISHED, NOW, SOON, fail, held, in_state, say, underway
 from qlora_operator.lifecycle.step import Action, DeleteWorkVolume, Remove, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, current, is_done, tasks
 
@@ -78,7 +78,8 @@ def budget_is_used_up(job: Job, seen: Observed, now: datetime) -> Step | None:
         return None
     running = [(task, n) for task, n, _ in in_state(job, seen, Active)]
     if running or any(in_state(job, seen, Stopping)):
-        situation = Situation(underway(job, seen).phase, "BudgetExceeded", f"{used_up}; stopping, with a checkpoint")
+        message = "; ".join(filter(None, (f"{used_up}; stopping, with a checkpoint", held(job, seen))))
+        situation = Situation(underway(job, seen).phase, "BudgetExceeded", message)
         return say(job, seen, now, situation, actions=tuple(Stop(*attempt) for attempt in running), after=SOON)
     return fail(job, seen, now, "BudgetExceeded", f"{used_up}{_where_the_checkpoint_is(job)}")
 

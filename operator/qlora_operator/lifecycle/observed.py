@@ -51,7 +51,12 @@ class Absent:
 
 @dataclass(frozen=True)
 class Stopping:
-    """The attempt's Job is being deleted, or is gone before its pod: that may still be writing."""
+    """The attempt's Job is being deleted, or is gone before its pod: that may still be writing.
+
+    `held` says why a pod does not end, where its node has stopped answering.
+    """
+
+    held: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,9 @@ def moment(text: str | None) -> datetime | None:
 def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
     """What became of an attempt, from its Job and the pods of Jobs of that name."""
     if job is None:
-        return Stopping() if any(p.get("status", {}).get("phase") not in OVER for p in pods) else Absent()
+        return _stopping(pods) if any(p.get("status", {}).get("phase") not in OVER for p in pods) else Absent()
     if job["metadata"].get("deletionTimestamp"):
-        return Stopping()
+        return _stopping(pods)
     verdict = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
     uid = job["metadata"]["uid"]
     ranks = _newest_of_each_rank(
@@ -139,6 +144,10 @@ def see(job: Raw | None, pods: Sequence[Raw]) -> Seen:
         return replace(_active(job, ranks), template=template)
     succeeded = "Complete" in verdict
     return _ended(job, ranks[0] if succeeded and ranks else _first_failed(ranks), succeeded=succeeded)
+
+
+def _stopping(pods: Sequence[Raw]) -> Stopping:
+    return Stopping(next((held for pod in pods if (held := _leaves_its_node(pod))), None))
 
 
 def _newest_of_each_rank(pods: Iterable[Raw]) -> list[Raw]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -21,6 +22,48 @@ class Wait(StrEnum):
     SCHEDULER = "Unschedulable"
     CONTAINER = "Waiting"
 
+
+@dataclass(frozen=True)
+class Row:
+    """A wait, for the documentation: by what it is recognised, and when it ends."""
+
+    seen: str
+    ends: str
+
+
+_HARDWARE = "or `spec.hardware` is changed as the message advises, while suspended"
+WAITS: dict[Wait, Row] = {
+    Wait.QUEUE: Row("its Job is suspended, by Kueue or by somebody", "Kueue admits it, or they resume it"),
+    Wait.GPUS: Row("the scheduler: `Insufficient nvidia.com/gpu`", f"GPUs are free again or a node comes, {_HARDWARE}"),
+    Wait.HOST_MEMORY: Row(
+        "the scheduler: `Insufficient memory`",
+        "memory is free again; where no node has as much, the message says how much that is and what the largest has: "
+        f"a larger one comes, {_HARDWARE}",
+    ),
+    Wait.CPU: Row("the scheduler: `Insufficient cpu`", f"CPUs are free again, {_HARDWARE}"),
+    Wait.NODES: Row(
+        "the scheduler: no node matches, or is not cordoned or tainted", f"such a node is there or back, {_HARDWARE}"
+    ),
+    Wait.NODE: Row(
+        "its pod is to leave a node that has stopped answering, and has not ended there",
+        "the node is back, is deleted, or is tainted `node.kubernetes.io/out-of-service`: before that another pod "
+        "might write to the same volume beside it. Then the pod is replaced, within the attempt",
+    ),
+    Wait.VOLUME: Row(
+        "the scheduler: a volume is not bound, or not where the GPUs are; or the plan is on several nodes, and the "
+        "claim for one",
+        "it can be bound there; the message says what of the spec helps",
+    ),
+    Wait.CLAIM: Row("a claim that the spec names is not there", "it is created; the message names the field"),
+    Wait.IMAGE: Row(
+        "the kubelet: `ErrImagePull`, `ImagePullBackOff`, `InvalidImageName`, `ErrImageNeverPull`",
+        "the kubelet, which goes on trying, gets it; or `podTemplate.image` is corrected, while suspended",
+    ),
+    Wait.SCHEDULER: Row("another word of the scheduler's", "as it says"),
+    Wait.CONTAINER: Row(
+        "the container is being created, or cannot be", "the kubelet has done so; it says what it lacks"
+    ),
+}
 
 #: Of these a change of `spec.hardware` can make an end.
 FOR_HARDWARE = frozenset({Wait.GPUS, Wait.NODES, Wait.HOST_MEMORY, Wait.CPU})

@@ -15,7 +15,7 @@ from qlora_operator.lifecycle.claims import fields_on
 from qlora_operator.lifecycle.conditions import Situation, Stance, with_situation
 from qlora_operator.lifecycle.milestones import milestones
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
-from qlora_operator.lifecycle.pending import FOR_HARDWARE
+from qlora_operator.lifecycle.pending import FOR_HARDWARE, Wait
 from qlora_operator.lifecycle.progress import progress
 from qlora_operator.lifecycle.step import Action, Step
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current
@@ -42,12 +42,22 @@ def in_state(job: Job, seen: Observed, kind: type[S]) -> Iterator[tuple[Task, in
             yield task, n, state
 
 
+def held(job: Job, seen: Observed) -> str:
+    """Which tasks are told to stop and cannot, and why; empty where none is."""
+    return "; ".join(
+        f"{task.name} waits: {state.held}" for task, _, state in in_state(job, seen, Stopping) if state.held
+    )
+
+
 def underway(job: Job, seen: Observed) -> Situation:
     """The phase is that of the earliest task under way; the message says what each does, or why it waits."""
     at_work = [(task, state) for task, _, state in in_state(job, seen, Active)]
     todo = current(job.spec, job.status)
     if job.status.inspection is not None and job.status.plan is None:
         return Situation(Phase.PLANNING, "Inspected", "inspected; planning")
+    if not at_work and (why := held(job, seen)):
+        stuck = PHASE_OF[next(in_state(job, seen, Stopping))[0].stage]
+        return Situation(Phase.SCHEDULING if stuck is Phase.TRAINING else stuck, Wait.NODE, why)
     if not at_work:
         first = todo[0][0] if todo else None
         phase = PHASE_OF[first.stage] if first else Phase.PUBLISHING

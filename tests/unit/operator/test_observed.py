@@ -84,6 +84,10 @@ def no_image(why: str) -> str:
     )
 
 
+LOST = (
+    "its node node-1 was lost or is tainted, and the pod has not ended there; if the node does not come back, delete "
+    "it, or taint it node.kubernetes.io/out-of-service"
+)
 NO_MEMORY = "0/2 nodes are available: 1 Insufficient memory, 1 node(s) had untolerated taint(s)."
 FULL_NODES = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 RUNNING = {"running": {"startedAt": STARTED}}
@@ -98,6 +102,8 @@ CASES: list[Any] = [
     pytest.param(None, [pod(RUNNING)], Stopping(), id="the Job gone before its pod, which may still write"),
     pytest.param(stage_job(deleted=True), [pod(RUNNING)], Stopping(), id="being deleted"),
     pytest.param(stage_job("Failed", deleted=True), [terminated(14)], Stopping(), id="being deleted, though over"),
+    pytest.param(stage_job(deleted=True), [lost_node()], Stopping(LOST), id="stopped, on a node that does not answer"),
+    pytest.param(None, [lost_node()], Stopping(LOST), id="its Job is gone before it"),
     pytest.param(stage_job(), [pod(RUNNING)], Active("node-1", AT_START), id="running"),
     pytest.param(
         stage_job(), [pod(RUNNING, owner="an earlier Job")],
@@ -192,8 +198,7 @@ CASES: list[Any] = [
     ),
     pytest.param(
         stage_job(), [lost_node()],
-        Active("node-1", AT_START, "its node node-1 was lost or is tainted, and the pod has not ended there; if the "
-               "node does not come back, delete it, or taint it node.kubernetes.io/out-of-service", reason=Wait.NODE),
+        Active("node-1", AT_START, LOST, reason=Wait.NODE),
         id="its node does not answer: no other pod can be made",
     ),
     pytest.param(

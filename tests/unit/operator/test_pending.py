@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.lifecycle.observed import Active, Ended, see
-from qlora_operator.lifecycle.pending import FOR_HARDWARE, Wait, wait_of
+from qlora_operator.lifecycle.observed import NO_IMAGE, Active, Ended, see
+from qlora_operator.lifecycle.pending import FOR_HARDWARE, WAITS, Wait, wait_of
 
 Raw = dict[str, Any]
 
@@ -70,6 +70,49 @@ def over(code: int, at: str) -> Raw:
 
 RUNNING: Raw = {"running": {}}
 FULL = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+
+
+def unwilling(reason: str) -> Raw:
+    return pod(0, {"waiting": {"reason": reason}})
+
+
+def lost() -> Raw:
+    taken = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+    left = pod(0, RUNNING)
+    left["status"]["conditions"].append(taken)
+    left["metadata"]["deletionTimestamp"] = "2026-09-01T12:10:00Z"
+    return left
+
+
+#: Each wait, by a Job and its pod as the cluster has them.
+WAITING: list[tuple[Raw, list[Raw], Wait]] = [
+    (stage_job(spec={"suspend": True}), [], Wait.QUEUE),
+    *((stage_job(), [pod(0, None, message=verdict)], wait) for verdict, wait in VERDICTS),
+    (stage_job(), [pod(0, None, message='persistentvolumeclaim "data" not found')], Wait.CLAIM),
+    *((stage_job(), [unwilling(reason)], Wait.IMAGE) for reason in NO_IMAGE),
+    (stage_job(), [unwilling("CreateContainerConfigError")], Wait.CONTAINER),
+    (stage_job(), [lost()], Wait.NODE),
+]
+
+
+@pytest.mark.parametrize(("job", "pods", "wait"), WAITING)
+def test_a_pod_that_waits_is_no_attempt_that_has_ended(job: Raw, pods: list[Raw], wait: Wait) -> None:
+    seen = see(job, pods)
+    assert isinstance(seen, Active)
+    assert seen.reason is wait
+    assert seen.waiting, "what a user reads"
+
+
+def test_a_wait_ends_with_its_cause() -> None:
+    for before in ([unwilling("ImagePullBackOff")], [pod(0, None, message=FULL)], [lost()]):
+        replacing = pod(0, RUNNING, created="2026-09-01T13:00:00Z")
+        ended = {**before[0], "status": {"phase": "Failed"}}
+        assert see(stage_job(), [ended, replacing]) == Active("node-0")
+    assert see(stage_job(), [pod(0, RUNNING)]) == Active("node-0"), "or the same pod runs"
+
+
+def test_each_row_of_the_table_of_waits_is_tested() -> None:
+    assert {wait for *_, wait in WAITING} == set(WAITS) == set(Wait)
 
 
 def test_a_job_that_kueue_holds_back_is_queued() -> None:

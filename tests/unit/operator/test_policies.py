@@ -27,6 +27,9 @@ from tests.unit.operator.kstatus import kstatus
 RUNNING = Active(node="node-1", started=NOW)
 QUEUED = Active(waiting="the queue gpus has not admitted it yet", reason=Wait.QUEUE)
 UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", reason=Wait.GPUS)
+LOST = Stopping("its node node-1 was lost")
+NO_IMAGE = Active("node-1", NOW - timedelta(minutes=30), "its image trainer:2 cannot be pulled (not found); if "
+                  "spec.podTemplate.image is wrong, suspend the job, correct it and resume", Wait.IMAGE)  # fmt: skip
 TOO_LARGE = Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient memory.", reason=Wait.HOST_MEMORY,
                    asked_bytes=70 * given.GIB)  # fmt: skip
 NODES = [given.gpu_node("node-1", *given.L40S)]
@@ -249,6 +252,20 @@ CASES = [
     Case("its node does not answer", job(None, INSPECT), [], "Scheduling", "NodeLost",
          attempts={"train-1": Active("node-1", NOW, "its node node-1 was lost", reason=Wait.NODE)},
          conditions={"Scheduled": "False"}, says="train waits: its node node-1 was lost"),
+    Case("stopped by somebody, on a node that does not answer", job(None, INSPECT), [], "Scheduling", "NodeLost",
+         attempts={"train-1": LOST}, conditions={"Scheduled": "False"}, says="train waits: its node node-1 was lost",
+         after=2),
+    Case("suspended there", job(SUSPENDED, INSPECT), [], "Suspended", "Suspending", attempts={"train-1": LOST}, after=2,
+         says="stopping train, with a checkpoint; train waits: its node node-1 was lost"),
+    Case("over its budget there", job(HOUR, INSPECT, usage=Usage(gpu_seconds=3700)), [], "Scheduling",
+         "BudgetExceeded", attempts={"train-1": LOST}, after=2, says="with a checkpoint; train waits: its node node-1"),
+    Case("its image cannot be pulled: it holds its GPU, and its budget is its bound", job(HOUR, INSPECT), [],
+         "Scheduling", "ImageNotPulled", attempts={"train-1": NO_IMAGE}, after=1800, conditions={"Scheduled": "False"},
+         says="train waits: its image"),
+    Case("when that is used up, it is stopped", job(HOUR, INSPECT, usage=Usage(gpu_seconds=1800)),
+         [Stop(TRAIN, 1)], "Scheduling", "BudgetExceeded", attempts={"train-1": NO_IMAGE}, after=2),
+    Case("without a budget it waits until it has its image", job(None, INSPECT), [], "Scheduling", "ImageNotPulled",
+         attempts={"train-1": NO_IMAGE}, says="if spec.podTemplate.image is wrong, suspend the job, correct it"),
     Case("a full volume: the job fails and says which", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "VolumeFull",
          message="the work volume has no room left")]), [], "Failed", "VolumeFull", kstatus="Failed", after=0,
          says="support-bot-train-1 found a volume full: the work volume has no room left"),

@@ -342,7 +342,7 @@ TASKS: dict[str, Task] = {task.name: task for task in tasks(given.job({"output.f
 
 def ends(status: JobStatus) -> Counter[tuple[str, str | None]]:
     """How attempts have ended, by task and outcome: those that are listed, and those that are only counted."""
-    found = Counter((named(a), a.outcome) for a in status.attempts if a.outcome)
+    found: Counter[tuple[str, str | None]] = Counter((named(a), a.outcome) for a in status.attempts if a.outcome)
     for older in status.older_attempts:
         found[named(older), older.outcome] += older.count
     return found
