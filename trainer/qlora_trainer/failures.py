@@ -42,10 +42,11 @@ class GateFailed(StageError):
         self.result = result
 
 
-class Interrupted(StageError):
-    """The pod was told to stop."""
+class Interrupted(BaseException):
+    """The pod was told to stop. Like KeyboardInterrupt no Exception: it is raised anywhere, and who catches whatever
+    goes wrong there (logging does, in the midst of a line) would go on."""
 
-    exit_code = ExitCode.INTERRUPTED
+    exit_code: ClassVar[int] = ExitCode.INTERRUPTED
 
 
 class EnvironmentUnfit(StageError):
@@ -69,7 +70,7 @@ class Unavailable(StageError):
 
 def describe(error: BaseException, order: Order | None = None) -> tuple[int, str]:
     """Exit code and message for whatever ended a stage; an error that nobody foresaw is 1, with our last frame."""
-    if isinstance(error, StageError):
+    if isinstance(error, StageError | Interrupted):
         return error.exit_code, str(error)
     if is_out_of_room(error):
         return ExitCode.VOLUME_FULL, _which_is_full(order)

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
+import socket
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from qlora_api.exchange import ExitCode, TrainOrder, failed
 from qlora_trainer.environment import log
+from qlora_trainer.failures import Unavailable
+from qlora_trainer.ranks import patience_of, roll_call, said_of
+from qlora_trainer.words import WORDS_ENV, Word, words_in
 
-#: Where a rank leaves word of how it ended: it has no termination message of its own.
-WORDS_ENV = "QLORA_WORDS"
-
-
-@dataclass(frozen=True)
-class Word:
-    """How one rank ended, `report` as the pod's own would be."""
-
-    rank: int
-    code: int
-    report: str
-    at: float
-    #: Whether it ended for a reason that the trainer knows, and not for an error that nobody foresaw.
-    foreseen: bool = True
+#: So long pods wait for one another: some start when a node has been made for them and several GB of image are pulled.
+PATIENCE = timedelta(minutes=30)
 
 
 def launch(order: TrainOrder, report_path: Path) -> int:
     """Run this program once for each GPU of the pod; the exit code and report are those of the rank that ended the
-    others. torchrun's own settings come from the environment (PET_…)."""
+    others. torchrun's own settings come from the environment (PET_…).
+
+    Raises Unavailable when the training's other pods do not come, or go before all are there.
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="qlora-ranks-") as words:
         os.environ[WORDS_ENV] = words
         config, command, arguments = config_from_args(parse_args(["-m", "qlora_trainer"]))
+        store = _gathered(config, order)
         killed: dict[int, int] = {}
         told = False
         try:
@@ -52,6 +50,7 @@ def launch(order: TrainOrder, report_path: Path) -> int:
             told = True
             log.info("told to stop, and so were the ranks")
         left = words_in(Path(words))
+        del store  # its server is torchrun's too: the first pod's, and for as long as ranks may ask it
     end = cause(left, killed, told=told)
     if end is None:
         code, message = 1, "the ranks ended without a word; the pod's log has what they wrote"
@@ -64,23 +63,55 @@ def launch(order: TrainOrder, report_path: Path) -> int:
     return end.code
 
 
-def leave_word(environment: Mapping[str, str], code: int, report: str, *, foreseen: bool) -> None:
-    """Say how this rank ended, whole or not at all."""
-    path = Path(environment[WORDS_ENV]) / environment["RANK"]
-    path.with_suffix(".partial").write_text(
-        json.dumps({"code": code, "report": report, "foreseen": foreseen}), encoding="utf-8"
+def _gathered(config: LaunchConfig, order: TrainOrder) -> TCPStore | None:
+    """Wait until all pods of the training are there, with the store of the first of them; None where there is one pod.
+
+    torchrun would wait too, but in C++, where no signal is heard, and without a word of who is missing.
+    """
+    if order.nodes == 1:
+        return None
+    me, patience = int(config.rdzv_configs["rank"]), patience_of(os.environ, PATIENCE)
+    deadline = time.monotonic() + patience.total_seconds()
+    host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=29500)
+
+    def ranks_of(pods: Sequence[int]) -> str:
+        each = order.ranks_per_node
+        return (
+            said_of("pod", pods)
+            + f" ({said_of('rank', [r for pod in pods for r in range(pod * each, (pod + 1) * each)])})"
+        )
+
+    log.info("pod %d of %d waits for the others", me, order.nodes)
+    try:
+        while me and not _answers(host, port):
+            if time.monotonic() >= deadline:
+                raise Unavailable(_never_came(ranks_of([0]), order.nodes, patience))
+            time.sleep(0.5)
+        store = TCPStore(host, port, is_master=me == 0, wait_for_workers=False, multi_tenant=True)
+        if missing := roll_call(store, "pod", me, order.nodes, deadline):
+            raise Unavailable(_never_came(ranks_of(missing), order.nodes, patience))
+    except DistError as error:
+        raise Unavailable(
+            f"{ranks_of([0])} of the training's {order.nodes} pods has gone while the others were awaited; the next "
+            "attempt begins anew"
+        ) from error
+    return store
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:  # its name is not known before the pod is
+        return False
+    return True
+
+
+def _never_came(who: str, pods: int, patience: timedelta) -> str:
+    return (
+        f"{who} of the training's {pods} pods did not come within {patience.total_seconds() / 60:g} minutes: no node "
+        "has room, its image is not pulled, or the network between the pods is closed (kubectl describe pod says which); "
+        "the next attempt waits anew"
     )
-    path.with_suffix(".partial").replace(path)
-
-
-def words_in(directory: Path) -> list[Word]:
-    """What the ranks of this pod have left, the first that ended first."""
-    found = [
-        Word(int(path.name), at=path.stat().st_mtime, **json.loads(path.read_text(encoding="utf-8")))
-        for path in directory.iterdir()
-        if not path.suffix
-    ]
-    return sorted(found, key=lambda word: (word.at, word.rank))
 
 
 def cause(words: Sequence[Word], killed: Mapping[int, int], *, told: bool) -> Word | None:

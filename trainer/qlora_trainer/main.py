@@ -35,6 +35,10 @@ from qlora_trainer.interruption import Interruption
 from qlora_trainer.metrics import Metrics
 from qlora_trainer.reporting import Reporter, Server
 from qlora_trainer.watchdog import Watchdog
+from qlora_trainer.words import leave_word
+
+#: What is said of a rank, or of a pod's first process, that was told to stop while it waited for others.
+_WHILE_WAITING = "told to stop (SIGTERM) while waiting for the other ranks, with nothing to save"
 
 #: Where each stage is; imported when its turn comes, for publish needs no torch and merge no transformers.
 STAGES = {
@@ -74,12 +78,14 @@ def main() -> int:
         text = order_path.read_text(encoding="utf-8")
         order = parse_order(text)
         log.info("%s of job %s/%s, attempt %d", order.stage, order.namespace, order.job, order.attempt)
-        if isinstance(order, TrainOrder) and order.ranks > 1 and "RANK" not in os.environ:
-            from qlora_trainer.launch import launch  # it imports torch
+        if isinstance(order, TrainOrder) and order.ranks > 1:
+            interruption.leave_when_deaf(lambda: _leave(order, report_path, ExitCode.INTERRUPTED, _WHILE_WAITING))
+            if "RANK" not in os.environ:
+                from qlora_trainer.launch import launch  # it imports torch
 
-            return launch(order, report_path)
+                return launch(order, report_path)
         if order.stage is Stage.TRAIN and not number:  # ranks go on or hang together: one of them watches
-            watchdog = Watchdog(lambda reason: _give_up(order, report_path, reason))
+            watchdog = Watchdog(lambda reason: _leave(order, report_path, ExitCode.STALLED, reason))
             pod = replace(pod, watchers=(watchdog,))
             metrics = Metrics()
             port = int(os.environ.get("QLORA_METRICS_PORT", METRICS_PORT))
@@ -109,18 +115,16 @@ def main() -> int:
                 reporter.close()
 
 
-def _give_up(order: Order | None, report_path: Path, reason: str) -> None:
+def _leave(order: Order | None, report_path: Path, code: ExitCode, reason: str) -> None:
     """End the process at once, whatever its threads wait for: what hangs cannot be asked to stop."""
     log.error("%s", reason)
-    _tell(report_path, ExitCode.STALLED, failed(order, reason).fitted() if order else _without_order(reason))
-    os._exit(ExitCode.STALLED)
+    _tell(report_path, code, failed(order, reason).fitted() if order else _without_order(reason))
+    os._exit(code)
 
 
 def _tell(path: Path, code: int, report: str, *, foreseen: bool = True) -> None:
     """Leave the report where the pod's is, or, for one process of several, for the one that has started it."""
     if "RANK" in os.environ:
-        from qlora_trainer.launch import leave_word
-
         leave_word(os.environ, code, report, foreseen=foreseen)
     else:
         path.write_text(report, encoding="utf-8")

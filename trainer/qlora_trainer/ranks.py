@@ -7,7 +7,8 @@ whether anybody was told to stop must not wait for a GPU. Weights and gradients 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,9 +17,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from qlora_trainer.failures import Unavailable
+
+#: So long ranks wait for one another to start: their pods are there, and have libraries to load.
+MEETING_PATIENCE = timedelta(minutes=10)
+#: Another patience, in seconds, with pods and ranks that do not come.
+PATIENCE_ENV = "QLORA_MEETING_SECONDS"
 #: A rank that is silent for so long is taken for lost: while the first one downloads and packs, the others wait.
 PATIENCE = timedelta(hours=2)
 T = TypeVar("T")
@@ -92,17 +101,53 @@ def is_rank(environment: Mapping[str, str]) -> bool:
 
 @contextmanager
 def meeting(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
-    """Meet the other ranks, and part from them at the end."""
+    """Meet the other ranks, and part from them at the end. Raises Unavailable, with who is missing, when they do not
+    come."""
     if not is_rank(environment):
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(environment["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    patience = patience_of(environment, MEETING_PATIENCE)
+    # before the backends meet: they wait in C++, where no signal is heard, and do not say for whom
+    if missing := roll_call(store, "rank", rank, size, time.monotonic() + patience.total_seconds()):
+        raise Unavailable(
+            f"{said_of('rank', missing)} of {size} did not come within {patience.total_seconds() / 60:g} minutes, though "
+            "the pods are there: the logs of the pods say what those processes did; the next attempt begins anew"
+        )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # a rank that fails leaves as it stands: taking NCCL down waits for the others, who wait for it in a collective
     dist.destroy_process_group()
+
+
+def patience_of(environment: Mapping[str, str], usual: timedelta) -> timedelta:
+    """How long who does not come is waited for."""
+    said = environment.get(PATIENCE_ENV)
+    return timedelta(seconds=float(said)) if said else usual
+
+
+def roll_call(store: Store, kind: str, me: int, size: int, deadline: float) -> list[int]:
+    """Say in `store` that `me` of `size` is there, and wait for the others; those who are missing at `deadline`."""
+    store.set(f"{kind}/{me}", "here")
+    missing = list(range(size))
+    while missing := [other for other in missing if not store.check([f"{kind}/{other}"])]:
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    return missing
+
+
+def said_of(kind: str, numbers: Sequence[int]) -> str:
+    """`numbers` in words: rank 3; ranks 0, 2; ranks 8 to 15."""
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) == 1:
+        return f"{kind} {first}"
+    if len(numbers) > 2 and list(numbers) == list(range(first, last + 1)):
+        return f"{kind}s {first} to {last}"
+    return f"{kind}s {', '.join(map(str, numbers))}"
 
 
 def mesh_of(ranks: Ranks, device: torch.device) -> DeviceMesh:

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from qlora_api.exchange import DataSource, EvaluationOrder, ExitCode, GateOrder,
 from qlora_operator.sizing.training import attention_by_default
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.failures import BadInput, GateFailed
-from qlora_trainer.launch import Word, cause
+from qlora_trainer.launch import cause
 from qlora_trainer.model import BaseModel, shape_of
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.ranks import ALONE, mesh_of, whole
 from qlora_trainer.sharding import load_sharded, shares_of
 from qlora_trainer.training import train
 from qlora_trainer.weights import read_weights
+from qlora_trainer.words import Word
 
 from ..families import CONFIGS
 from .conftest import THINGS, Place, chat, recipe_of, write_jsonl
@@ -47,8 +48,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def started(place: Place, order: TrainOrder) -> subprocess.Popen[str]:
-    """The pod's program on `order`, with the environment that the manifests give it."""
+def started(place: Place, order: TrainOrder, more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """The pod's program on `order`, with the environment that the manifests give it, and `more`."""
     (place.root / "order.json").write_text(order.to_json())
     environment = {
         **os.environ,
@@ -63,6 +64,7 @@ def started(place: Place, order: TrainOrder) -> subprocess.Popen[str]:
         "PET_NPROC_PER_NODE": str(order.ranks_per_node),
         "PET_MASTER_PORT": str(free_port()),
         "PET_SHUTDOWN_TIMEOUT": "60",
+        **(more or {}),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_trainer"],
