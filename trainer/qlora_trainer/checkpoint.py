@@ -7,6 +7,7 @@ step seeds its own (see training.py).
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Mapping
@@ -73,22 +74,39 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint and remove the oldest beyond `keep`."""
-        target = self.directory / f"step-{checkpoint.progress.step:08d}"
+        target = self._at(checkpoint.progress.step)
         with whole_directory(target) as partial:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in checkpoint.adapter.items()}, partial / _ADAPTER
-            )
-            states = {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}
-            with (partial / _OPTIMIZER).open(
-                "wb"
-            ) as file:  # opened here, for then it says itself that there is no room
-                torch.save(states, file)
-            (partial / _PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)), encoding="utf-8")
-            manifest = {"binding": self.binding, "bound": self.bound, "files": digests_of(partial)}
-            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+            self._write(checkpoint, partial)
         for old in self._found()[self.keep :]:
             shutil.rmtree(old)
         return target
+
+    def save_alone(self, checkpoint: Checkpoint, writer: int) -> bool:
+        """Write a checkpoint that other processes may be writing too, each with a number of its own as `writer`, and
+        remove none; whether this one has written it, for exactly one does."""
+        target = self._at(checkpoint.progress.step)
+        if target.exists():
+            return False
+        try:
+            with whole_directory(target, marker=f".{writer}", replace=False) as partial:
+                self._write(checkpoint, partial)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        return True
+
+    def _at(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def _write(self, checkpoint: Checkpoint, partial: Path) -> None:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in checkpoint.adapter.items()}, partial / _ADAPTER)
+        states = {"optimizer": checkpoint.optimizer, "scaler": checkpoint.scaler}
+        with (partial / _OPTIMIZER).open("wb") as file:  # opened here, for then it says itself that there is no room
+            torch.save(states, file)
+        (partial / _PROGRESS).write_text(json.dumps(asdict(checkpoint.progress)), encoding="utf-8")
+        manifest = {"binding": self.binding, "bound": self.bound, "files": digests_of(partial)}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
     def _found(self) -> list[Path]:
         """Newest first."""

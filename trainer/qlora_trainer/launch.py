@@ -76,10 +76,8 @@ def _gathered(config: LaunchConfig, order: TrainOrder) -> TCPStore | None:
 
     def ranks_of(pods: Sequence[int]) -> str:
         each = order.ranks_per_node
-        return (
-            said_of("pod", pods)
-            + f" ({said_of('rank', [r for pod in pods for r in range(pod * each, (pod + 1) * each)])})"
-        )
+        ranks = [rank for pod in pods for rank in range(pod * each, (pod + 1) * each)]
+        return f"{said_of('pod', pods)} ({said_of('rank', ranks)})"
 
     log.info("pod %d of %d waits for the others", me, order.nodes)
     try:
@@ -109,8 +107,8 @@ def _answers(host: str, port: int) -> bool:
 def _never_came(who: str, pods: int, patience: timedelta) -> str:
     return (
         f"{who} of the training's {pods} pods did not come within {patience.total_seconds() / 60:g} minutes: no node "
-        "has room, its image is not pulled, or the network between the pods is closed (kubectl describe pod says which); "
-        "the next attempt waits anew"
+        "has room, its image is not pulled, or the network between the pods is closed (kubectl describe pod says "
+        "which); the next attempt waits anew"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,12 @@ def learn(
     """Go from `progress.step` to the last step. Raises Interrupted or out of memory with a checkpoint, or Diverged.
 
     All ranks go through it side by side: each learns from its part of every batch, and all take the same decisions.
+
+    What ends a step before its weights are moved leaves the last finished one whole in every rank that has all of the
+    model, and such a rank saves it alone: the one that is out of memory, and those that lose a neighbour. Of a model
+    that ranks share each has a part, and the parts cannot be brought together when one fails: the others are in a
+    collective of the failed step, which ends with the process that they wait for. There the steps since the last
+    timed checkpoint are taken again.
     """
     model, optimizer, scaler, recipe = learning.model, learning.optimizer, learning.scaler, learning.recipe
     ranks = learning.ranks
@@ -78,17 +85,28 @@ def learn(
     saved_step, saved_at, said_at = progress.step, time.monotonic(), -math.inf
     health = Health(recipe.learning_rate, model.config.vocab_size)
 
-    def checkpoint() -> None:
-        reached = Checkpoint(
+    def reached() -> Checkpoint:
+        return Checkpoint(
             progress,
             {name: whole(weight) for name, weight in adapter_weights(model).items()},
             whole_state(optimizer.state_dict()),
             scaler.state_dict(),
         )
+
+    def checkpoint() -> None:
+        found = reached()
         if ranks.first:
-            checkpoints.save(reached)
+            checkpoints.save(found)
             log.info("checkpoint at step %d", progress.step)
         ranks.wait()
+
+    def rescue() -> None:
+        optimizer.zero_grad()
+        try:
+            if checkpoints.save_alone(reached(), writer=ranks.rank):
+                log.warning("checkpoint at step %d before the process ends", progress.step)
+        except Exception as error:  # noqa: BLE001  what ended the step is what is to be told
+            log.warning("no checkpoint at step %d: %s: %s", progress.step, type(error).__name__, error)
 
     model.train()
     stop = progress.step if progress.stopped_early else learning.steps
@@ -103,7 +121,7 @@ def learn(
             group["lr"] = rate
 
         part_of_loss = torch.zeros((), device=learning.device)
-        pads, stopping = 0, False
+        pads, all_pads, loss, norm, stopping = 0, 0.0, math.nan, math.nan, False
         try:
             for batch in micro_batches(
                 sequences, order.micro_batch_size, pad=learning.pad, flat=learning.flat, ranks=ranks
@@ -115,25 +133,26 @@ def learn(
                 scaler.scale(part * averaged_over).backward()
                 part_of_loss += part.detach()
                 pads += batch.pads
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            optimizer.zero_grad()
-            if progress.step > saved_step and ranks.size == 1:  # of several, the others are in the midst of the step
-                checkpoint()
+            if not (stopping := stopping or ranks.any(interruption.requested)):
+                if not learning.sharded:
+                    ranks.sum_gradients(weights)  # before they are unscaled, so that all ranks see the same infinities
+                scaler.unscale_(optimizer)
+                norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)))
+                loss, all_pads = ranks.total(float(part_of_loss), pads)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the step has computed so far
+            # of several a neighbour may be gone, for which each library has words of its own
+            explained = is_out_of_memory(error) if ranks.size == 1 else not learning.sharded
+            if explained and progress.step > saved_step:
+                rescue()
             raise
-        if stopping or ranks.any(interruption.requested):  # the step is not taken; the next attempt takes it whole
+        if stopping:  # the step is not taken; the next attempt takes it whole
             if progress.step > saved_step:
                 checkpoint()
             raise Interrupted(
                 f"told to stop at step {progress.step} of {learning.steps}; the next attempt goes on there"
             )
 
-        if not learning.sharded:
-            ranks.sum_gradients(weights)  # before they are unscaled, so that all ranks see the same infinities
-        scaler.unscale_(optimizer)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)))
-        loss, all_pads = ranks.total(float(part_of_loss), pads)
         if health.allows(step + 1, loss, norm):
             scaler.step(optimizer)
         scaler.update()

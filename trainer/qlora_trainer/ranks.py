@@ -114,8 +114,8 @@ def meeting(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     # before the backends meet: they wait in C++, where no signal is heard, and do not say for whom
     if missing := roll_call(store, "rank", rank, size, time.monotonic() + patience.total_seconds()):
         raise Unavailable(
-            f"{said_of('rank', missing)} of {size} did not come within {patience.total_seconds() / 60:g} minutes, though "
-            "the pods are there: the logs of the pods say what those processes did; the next attempt begins anew"
+            f"{said_of('rank', missing)} of {size} did not come within {patience.total_seconds() / 60:g} minutes, "
+            "though the pods are there: their logs say what those processes did; the next attempt begins anew"
         )
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     yield Ranks(dist.get_rank(), dist.get_world_size())

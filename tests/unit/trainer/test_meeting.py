@@ -65,9 +65,8 @@ def test_pods_that_never_come_are_named(place: Place, order: TrainOrder, number:
     assert program.returncode == 1, output
     failure = told(place, number)
     assert failure
-    assert failure.startswith(
-        f"pod {1 - number} (rank {1 - number}) of the training's 2 pods did not come within 0.05 minutes: no node has room"
-    )
+    missing = f"pod {1 - number} (rank {1 - number}) of the training's 2 pods"
+    assert failure.startswith(f"{missing} did not come within 0.05 minutes: no node has room")
     assert "Traceback" not in output
 
 

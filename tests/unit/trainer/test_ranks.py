@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.exchange import DataSource, EvaluationOrder, ExitCode, GateOrder, TrainOrder, TrainResult, parse_report
 from qlora_operator.sizing.training import attention_by_default
+from qlora_trainer import learning
 from qlora_trainer.adapter import with_adapter
+from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.failures import BadInput, GateFailed
 from qlora_trainer.launch import cause
 from qlora_trainer.model import BaseModel, shape_of
@@ -34,6 +37,7 @@ from qlora_trainer.words import Word
 
 from ..families import CONFIGS
 from .conftest import THINGS, Place, chat, recipe_of, write_jsonl
+from .side_by_side import needs_forks, side_by_side
 from .test_training import losses
 
 CPU = torch.device("cpu")
@@ -193,6 +197,61 @@ def test_a_rank_that_is_killed_ends_all_and_is_named(place: Place) -> None:
     assert code == 137, output
     assert report.failure.startswith("rank 1 was killed by SIGKILL")
     assert list(place.work.glob("checkpoints/*/step-*"))
+
+
+@needs_forks
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.soak), 1])
+def test_what_replicas_have_learned_outlives_a_rank_without_memory(
+    place: Place, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """It saves alone, for its neighbour is in the midst of the step; half the micro-batch then learns the same."""
+    order = place.train_order(place.data(golden=None), SHARED | {"max_steps": 4})
+    expected = undisturbed(place, order)
+    together = on(2, order, sharded=False)
+    calls = itertools.count()
+
+    def with_a_limit(rank: int) -> None:
+        def limited(*arguments: Any) -> torch.Tensor:
+            if rank == failing and next(calls) == 4:  # in the third step: the second, an epoch's last, is short
+                torch.empty(1 << 50)
+            return summed_loss(*arguments)
+
+        monkeypatch.setattr(learning, "summed_loss", limited)
+        train(together, place.pod)
+
+    codes = side_by_side(2, with_a_limit)
+    assert codes[failing] == ExitCode.OUT_OF_MEMORY
+    assert codes[1 - failing] == 1
+    (saved,) = place.work.glob("checkpoints/*/*step-*")
+    assert saved.name == "step-00000002"
+    assert losses(place) == pytest.approx(expected[:2], rel=1e-4)
+
+    halved = together.model_copy(update={"micro_batch_size": 1, "gradient_accumulation": 4, "attempt": 2})
+    assert side_by_side(2, lambda _: train(halved, place.pod)) == [0, 0]
+    assert json.loads((place.work / "results" / "train.json").read_text())["result"]["resumedFromStep"] == 2
+    assert losses(place) == pytest.approx(expected, rel=1e-4)
+
+
+@needs_forks
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_what_a_lost_neighbour_leaves_of_a_training(
+    place: Place, monkeypatch: pytest.MonkeyPatch, *, sharded: bool
+) -> None:
+    """A replica saves the last finished step; of a model that is shared, a part alone is no checkpoint."""
+    order = on(2, place.train_order(place.data(golden=None), SHARED | {"max_steps": 4}), sharded=sharded)
+    calls = itertools.count()
+
+    def killed(rank: int) -> None:
+        def lost(*arguments: Any) -> torch.Tensor:
+            if rank == 1 and next(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return summed_loss(*arguments)
+
+        monkeypatch.setattr(learning, "summed_loss", lost)
+        train(order, place.pod)
+
+    assert side_by_side(2, killed) == [1, -signal.SIGKILL]
+    assert [path.name for path in place.work.glob("checkpoints/*/*step-*")] == ([] if sharded else ["step-00000002"])
 
 
 @pytest.mark.soak
