@@ -1,7 +1,7 @@
 """The data of a job: its sources read row by row, checked, deduplicated, split, weighted, compared. No tokens here.
 
 Data may be larger than memory: it is read once to know which examples there are, and again whenever they are needed. Of
-an example some 60 bytes are kept (220 at the peak, measured with 300,000). Golden and canary sets are held whole.
+an example some 60 bytes are kept (220 at the peak, measured with 300,000).
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class Corpus:
 
     train: Examples
     eval: Examples
-    golden: list[Example]
-    canary: list[Example]
+    golden: Examples
+    canary: Examples
     digest: str
     formats: frozenset[Kind]
     """What training examples are."""
@@ -180,7 +180,6 @@ class _Read:
     numbers: array[int] = field(default_factory=lambda: array("q"))
     in_file: array[int] = field(default_factory=lambda: array("i"))
     kinds: set[Kind] = field(default_factory=set)
-    held: list[Example] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -190,6 +189,10 @@ class _Read:
 
     def normalised_array(self) -> np.ndarray:
         return np.frombuffer(self.normalised, dtype=f"S{_KEY_BYTES}")
+
+    def examples(self) -> Examples:
+        """All of them, once."""
+        return Examples(self.files, self.key_array(), np.ones(len(self), np.int32))
 
     def place(self, number: int) -> str:
         """Where the example stands."""
@@ -206,9 +209,7 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
     digests: dict[str, str] = {}
     findings = Findings()
     named = named_sources(data)
-    read = {
-        where: _read(source, where, pod, digests, findings, held=where in (GOLDEN, CANARY)) for where, source in named
-    }
+    read = {where: _read(source, where, pod, digests, findings) for where, source in named}
     findings.refuse()
     sources = [read[where] for where, source in named if where not in (EVAL, GOLDEN, CANARY)]
 
@@ -239,15 +240,15 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
     corpus = Corpus(
         train=Examples(files, keys, times),
         eval=Examples(files, keys, held_out.astype(np.int32)),
-        golden=read[GOLDEN].held if GOLDEN in read else [],
-        canary=read[CANARY].held if CANARY in read else [],
+        golden=read.get(GOLDEN, _Read([])).examples(),
+        canary=read.get(CANARY, _Read([])).examples(),
         digest=combined_digest(digests),
         formats=frozenset(kind for source in sources for kind in source.kinds),
         duplicates=duplicates,
         findings=findings,
     )
     if EVAL in read:
-        corpus.eval = Examples(read[EVAL].files, read[EVAL].key_array(), np.ones(len(read[EVAL]), np.int32))
+        corpus.eval = read[EVAL].examples()
     known = np.unique(np.concatenate([source.normalised_array() for source in sources])[times > 0])
     split = np.flatnonzero(held_out)
     sets = {"eval": (sources, split)} if data.eval_fraction else {}
@@ -322,9 +323,7 @@ def _files(source: DataSource, where: str, pod: Pod) -> list[Path]:
     return files
 
 
-def _read(
-    source: DataSource, where: str, pod: Pod, digests: dict[str, str], findings: Findings, *, held: bool
-) -> _Read:
+def _read(source: DataSource, where: str, pod: Pod, digests: dict[str, str], findings: Findings) -> _Read:
     """What is kept of one source, a file or a directory of such; adds the files' digests to `digests`."""
     paths = _files(source, where, pod)
     if source.format is not None and source.format not in FORMATS:
@@ -357,8 +356,6 @@ def _read(
             kept.kinds.add(example.format)
             if len(ignored) < _KEYS_NAMED:
                 ignored |= unused
-            if held:
-                kept.held.append(example)
     if not len(kept) and not mistakes:
         what = "each line of a JSONL file is one" if paths[0].suffix == ".jsonl" else "each row or item is one"
         raise BadInput(f"{where}: {source.uri} has no examples; {what}")

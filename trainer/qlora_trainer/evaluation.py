@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Several
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from qlora_trainer.environment import log
+from qlora_trainer.prepared import Rows
 from qlora_trainer.ranks import ALONE, Ranks
 from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate
 
@@ -38,23 +41,25 @@ def _keeps_logits(model: Any) -> bool:
 
 
 def micro_batches(
-    sequences: list[Sequence], size: int, *, pad: int, flat: bool, ranks: Ranks = ALONE
+    sequences: Several[Sequence], size: int, *, pad: int, flat: bool, ranks: Ranks = ALONE
 ) -> Iterator[Batch]:
-    """This rank's part of `sequences`, in batches of at most `size`, as many as every rank has.
+    """This rank's part of `sequences`, in batches of at most `size`, as many as every rank has; one is held at a time.
 
     The longest come first: little padding, memory's peak at the start, and sequences of about one length on all ranks.
     Where there are not enough for all, a rank has a token without loss, for it has to take part.
     """
-    by_length = sorted(sequences, key=lambda sequence: -len(sequence.ids))
+    lengths = sequences.lengths if isinstance(sequences, Rows) else np.array([len(row.ids) for row in sequences])
+    by_length = np.argsort(-lengths, kind="stable")
     for start in range(0, len(by_length), size * ranks.size):
         first = start + size * ranks.rank
-        yield collate(by_length[first : first + size] or [Sequence([pad], [NO_LOSS], [1])], pad=pad, flat=flat)
+        chosen = [sequences[int(number)] for number in by_length[first : first + size]]
+        yield collate(chosen or [Sequence([pad], [NO_LOSS], [1])], pad=pad, flat=flat)
 
 
 @torch.no_grad()
 def mean_loss(
     model: Any,
-    sequences: list[Sequence],
+    sequences: Several[Sequence],
     size: int,
     device: torch.device,
     *,
@@ -66,12 +71,14 @@ def mean_loss(
     """Loss per token of `sequences`, over all ranks; leaves the model in training mode if it was."""
     training = model.training
     model.eval()
-    total = 0.0
+    total, tokens = 0.0, 0
     for batch in micro_batches(sequences, size, pad=pad, flat=flat, ranks=ranks):
         total += float(summed_loss(model, batch, device))
+        tokens += int((batch.labels != NO_LOSS).sum())
         alive()
     model.train(training)
-    return ranks.total(total)[0] / sum(sequence.loss_tokens for sequence in sequences)
+    total, tokens = ranks.total(total, tokens)
+    return total / tokens
 
 
 @torch.no_grad()

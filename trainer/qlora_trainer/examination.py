@@ -12,12 +12,12 @@ import torch
 from qlora_api.exchange import EvaluationOrder, Score
 from qlora_trainer.environment import log
 from qlora_trainer.evaluation import Alive, answers, mean_loss
-from qlora_trainer.formats import Example, Kind
+from qlora_trainer.formats import Example
 from qlora_trainer.judging import Judge, JudgeUnusable, Question
 from qlora_trainer.ranks import ALONE, Ranks
 from qlora_trainer.scores import CANARY, mean, of_answers, perplexity
 from qlora_trainer.sequences import Sequence as Row
-from qlora_trainer.sequences import Tokenisation, cut, prompt_tokens
+from qlora_trainer.sequences import answering, cut, prompt_tokens
 
 #: Examples of a set that are looked at during the training; the whole set follows at its end.
 SLICE = 32
@@ -33,14 +33,13 @@ class KnownAnswers:
 
     prefix: str
     examples: list[Example]
-    rows: list[Row]
+    rows: Sequence[Row]
 
     @classmethod
     def of(cls, prefix: str, examples: list[Example], tokenizer: Any, max_length: int) -> KnownAnswers:
         """`examples` cut as those of the training are, for the memory that was planned."""
-        kinds: set[Kind] = {example.format for example in examples}
-        tokenise = {kind: Tokenisation(tokenizer, {kind}, "all" if kind == "text" else "completion") for kind in kinds}
-        rows = (cut(tokenise[example.format](example), max_length) for example in examples)
+        tokenise = answering(tokenizer)
+        rows = (cut(tokenise(example), max_length) for example in examples)
         return cls(prefix, examples, [row for row in rows if row])
 
     @property
@@ -85,7 +84,7 @@ class Examiner:
     alive: Alive
     ranks: Ranks = ALONE
 
-    def loss(self, rows: list[Row], *, base: bool = False) -> float:
+    def loss(self, rows: Sequence[Row], *, base: bool = False) -> float:
         """Loss per token of `rows`, of the model with or without its adapter."""
         with self.model.disable_adapter() if base else nullcontext():
             return mean_loss(

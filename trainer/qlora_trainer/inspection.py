@@ -6,15 +6,15 @@ fails the job or warns, by the table of `qlora_api.findings`.
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_api.exchange import Inspection, InspectOrder, TokenCounts, succeeded
 from qlora_api.findings import ENOUGH_EVAL_EXAMPLES, FindingCode
-from qlora_trainer.data import CANARY, GOLDEN, Corpus, leak_key, read_corpus
+from qlora_trainer.data import Corpus, leak_key, read_corpus
 from qlora_trainer.environment import Pod, log, quiet_libraries
 from qlora_trainer.failures import BadInput
 from qlora_trainer.formats import Mistake
@@ -146,11 +146,10 @@ def _compare(corpus: Corpus) -> int:
     """How many training examples are nearly the same as an earlier one; notes those, and held-out ones that are."""
     from qlora_trainer.duplicates import near
 
-    held_out = [(GOLDEN, example) for example in corpus.golden]
     apart = (
         (where, example)
-        for of in (held_out, corpus.eval.placed())
-        for where, example in of
+        for of in (corpus.golden, corpus.eval)
+        for where, example in of.placed()
         if leak_key(example) not in corpus.leaks
     )
     repeated, leaked = near(corpus.train.placed(), apart)
@@ -192,12 +191,8 @@ def _try_held_out(corpus: Corpus, tokenise: Tokenisation) -> None:
     """Whether the tokenizer takes the first of what is held out: train meets it hours later."""
     from qlora_trainer.sequences import prompt_tokens, require_chat_template
 
-    known: list[tuple[str, Any]] = [
-        (f"{name} example {number}", example)
-        for name, examples in ((GOLDEN, corpus.golden), (CANARY, corpus.canary))
-        for number, example in enumerate(examples[:HELD_OUT_TRIED], start=1)
-    ]
-    for where, example in (*islice(corpus.eval.placed(), HELD_OUT_TRIED), *known):
+    firsts = (islice(of.placed(), HELD_OUT_TRIED) for of in (corpus.eval, corpus.golden, corpus.canary))
+    for where, example in chain.from_iterable(firsts):
         if example.format == "messages":
             require_chat_template(tokenise.tokenizer)
         try:

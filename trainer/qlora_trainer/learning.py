@@ -38,7 +38,7 @@ class Learning:
     scaler: torch.amp.GradScaler
     recipe: Recipe
     rows: Several[Sequence]
-    eval_rows: list[Sequence]
+    eval_rows: Several[Sequence]
     steps: int
     device: torch.device
     pad: int

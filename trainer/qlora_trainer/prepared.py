@@ -30,6 +30,7 @@ from qlora_trainer.sequences import (
     SAMPLES,
     Sequence,
     Tokenisation,
+    answering,
     cut,
     joined,
     log_samples,
@@ -38,7 +39,7 @@ from qlora_trainer.sequences import (
 )
 
 #: Of this layout and of how examples become tokens: another one is another directory.
-VERSION = 1
+VERSION = 2
 _MANIFEST = "manifest.json"
 _FLUSH_TOKENS = 1 << 20
 _EVERY = 100_000
@@ -58,6 +59,12 @@ class Rows(AbstractSequence[Sequence]):
 
     def __len__(self) -> int:
         return len(self._rows) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        ends = np.concatenate([[0], np.cumsum(np.diff(self._starts)[self._members])])
+        return np.diff(ends[self._rows])
 
     @overload
     def __getitem__(self, index: int) -> Sequence: ...
@@ -85,6 +92,8 @@ class Prepared:
     eval: Rows
     golden: list[Example]
     canary: list[Example]
+    golden_rows: Rows
+    canary_rows: Rows
     samples: list[str]
     """The first examples as the model sees them, what carries loss in ⟦brackets⟧."""
     examples: int
@@ -127,6 +136,8 @@ def open_prepared(directory: Path) -> Prepared:
         eval=Rows(directory, "eval"),
         golden=_read_examples(directory / "golden.jsonl"),
         canary=_read_examples(directory / "canary.jsonl"),
+        golden_rows=Rows(directory, "golden"),
+        canary_rows=Rows(directory, "canary"),
         samples=json.loads((directory / "samples.json").read_text(encoding="utf-8")),
         examples=manifest["examples"],
         digest=combined_digest(manifest["files"]),
@@ -177,8 +188,9 @@ def _write(directory: Path, order: TrainOrder, corpus: Corpus, base: BaseModel) 
         raise BadInput("dataset: no token carries loss: there is nothing to learn")
     _write_part(directory, "eval", corpus.eval.counted(), tokenise, **limit)
     for name, examples in (("golden", corpus.golden), ("canary", corpus.canary)):
-        lines = "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
-        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+        _write_part(directory, name, examples.counted(), answering(base.tokenizer), **limit | {"packing": False})
     (directory / "samples.json").write_text(json.dumps(samples, indent=2, ensure_ascii=False), encoding="utf-8")
     manifest = {"key": _key(order), "examples": len(corpus.train), "files": digests_of(directory)}
     (directory / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")

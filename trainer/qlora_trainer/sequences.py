@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, islice
 from typing import Any, Literal
 
@@ -163,6 +163,16 @@ class Tokenisation:
             return f"the chat template refuses it without its answer: {error}"
         same = common_prefix_length(asked, ids) == len(asked)
         return None if same else "the model is asked with another beginning than it learns"
+
+
+def answering(tokenizer: Any) -> Callable[[Example], Sequence]:
+    """How examples become tokens of which only the expected answer carries loss, and of a text all; of any format."""
+
+    @cache
+    def of(kind: Kind) -> Tokenisation:
+        return Tokenisation(tokenizer, {kind}, "all" if kind == "text" else "completion")
+
+    return lambda example: of(example.format)(example)
 
 
 def require_chat_template(tokenizer: Any) -> None:

@@ -140,8 +140,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     size = order.micro_batch_size
     examiner = Examiner(model, base.tokenizer, size, device, flat, recorder.alive, ranks)
     golden, canary = (
-        KnownAnswers.of(prefix, examples, base.tokenizer, recipe.max_length) if examples else None
-        for prefix, examples in (("", data.golden), (CANARY, data.canary))
+        KnownAnswers(prefix, examples, answers) if examples else None
+        for prefix, examples, answers in (("", data.golden, data.golden_rows), (CANARY, data.canary, data.canary_rows))
     )
     slices = [known.slice(base.tokenizer, recipe.max_length) for known in (golden, canary) if known]
     watch = Selection(
@@ -154,9 +154,9 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
         figures=(lambda: examiner.figures(slices, recipe.best_metric)) if slices else None,
         ranks=ranks,
     )
-    pad, eval_rows = base.tokenizer.pad_token_id, list(data.eval)
+    pad = base.tokenizer.pad_token_id
     learning = Learning(
-        model, optimizer, scaler, recipe, rows, eval_rows, steps, device, pad, flat, watch, ranks, sharded
+        model, optimizer, scaler, recipe, rows, data.eval, steps, device, pad, flat, watch, ranks, sharded
     )
     with pod.interruption.deferred():
         learn(learning, progress, checkpoints, order, pod.interruption, recorder)
@@ -176,8 +176,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     if eval_loss is not None and not math.isfinite(eval_loss):
         eval_loss = None
     if eval_loss is not None and any(gate.metric == "evalLoss" for gate in asked.gates):
-        before = examiner.loss(eval_rows, base=True)
-        found.scores.append(Score(metric="evalLoss", base=before, tuned=eval_loss, examples=len(eval_rows)))
+        before = examiner.loss(data.eval, base=True)
+        found.scores.append(Score(metric="evalLoss", base=before, tuned=eval_loss, examples=len(data.eval)))
     scores = ranks.from_first(lambda: found.scores)  # all ranks pass or fail by the same figures
     passed = verdicts(asked.gates, scores)
 

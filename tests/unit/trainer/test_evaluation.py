@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,9 +24,10 @@ from qlora_trainer.failures import GateFailed, Interrupted, describe
 from qlora_trainer.formats import parse_line
 from qlora_trainer.inspection import inspect
 from qlora_trainer.model import open_base
+from qlora_trainer.prepared import Rows, directory_of, open_prepared
 from qlora_trainer.report_page import page, write_report
 from qlora_trainer.selection import Selection
-from qlora_trainer.sequences import NO_LOSS
+from qlora_trainer.sequences import NO_LOSS, Sequence
 from qlora_trainer.training import train
 
 from .conftest import THINGS, Place, chat, examples, recipe_of, write_jsonl
@@ -41,6 +43,34 @@ def newest(place: Place, file: str = "adapter.safetensors") -> Path:
 
 def progress_of(place: Place) -> dict[str, Any]:
     return json.loads(newest(place, "progress.json").read_text())
+
+
+def test_what_is_held_out_is_read_a_batch_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Callable[[Rows, int], Sequence] = Rows.__getitem__
+    held, most, reads = 0, 0, 0
+
+    def forgotten() -> None:
+        nonlocal held
+        held -= 1
+
+    def counted(rows: Rows, index: int) -> Sequence:
+        nonlocal held, most, reads
+        row = read(rows, index)
+        held, reads = held + 1, reads + 1
+        most = max(most, held)
+        weakref.finalize(row, forgotten)
+        return row
+
+    monkeypatch.setattr(Rows, "__getitem__", counted)
+    order = place.train_order(
+        place.data(eval_fraction=0.5), {"packing": False, "max_steps": 1},
+        evaluation=EvaluationOrder(metrics=["perplexity"]),
+    )  # fmt: skip
+    train(order, place.pod)
+    rows = open_prepared(directory_of(order))
+    assert reads >= order.recipe.effective_batch_size + len(rows.eval) + len(rows.golden_rows)
+    assert most <= order.recipe.effective_batch_size + 2 * order.micro_batch_size < len(rows.golden_rows)
+    assert len(rows.golden_rows) < len(rows.eval)
 
 
 def unlearnable(place: Place) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_held_out_chats_are_tried_with_the_template_before_a_gpu_is_taken(place:
     template(place, REFUSES_SYSTEM + TEMPLATE)
     write_jsonl(place.claims / "data" / "golden.jsonl", [SYSTEM])
     with pytest.raises(
-        BadInput, match=r"evaluation\.golden example 1: the model's chat template refuses it: no system"
+        BadInput, match=r"evaluation\.golden line 1: the model's chat template refuses it: no system"
     ):
         inspect(place.inspect_order(), place.pod)
 

@@ -60,6 +60,8 @@ def test_rows_hold_every_example_and_are_those_that_inspect_counted(place: Place
     assert len(found.train) == seen.sequences
     assert parts(found.train) + parts(found.eval) == tokens_of(place, examples())
     assert parts(found.eval).total() == seen.eval_examples > 0
+    for rows in (found.train, found.eval, found.golden_rows, found.canary_rows):
+        assert rows.lengths.tolist() == [len(row.ids) for row in rows]
     assert found.examples == seen.examples
     assert [example.expected for example in found.golden] == [KIND[thing] for thing in THINGS]
     assert all(isinstance(row, Sequence) and len(row.ids) <= 128 for row in found.train)
@@ -157,6 +159,7 @@ from qlora_trainer.environment import Pod, prepare_process, quiet_libraries
 from qlora_trainer.interruption import Interruption
 prepare_process()
 import qlora_trainer.duplicates
+from qlora_trainer.evaluation import micro_batches
 from qlora_trainer.inspection import inspect
 from qlora_trainer.model import open_base
 from qlora_trainer.prepared import open_prepared, prepare
@@ -170,7 +173,7 @@ seen = inspect(InspectOrder.model_validate(orders["inspect"]), pod)
 order = TrainOrder.model_validate(orders["train"] | {"dataDigest": seen.data_digest, "modelDigest": seen.model_digest})
 rows = open_prepared(prepare(order, pod, base)).train
 assert len(rows) == seen.sequences
-assert sum(len(row.ids) for row in rows) == seen.tokens.total
+assert sum(batch.tokens for batch in micro_batches(rows, 1, pad=0, flat=False)) == seen.tokens.total
 print(seen.tokens.total)
 """
 
