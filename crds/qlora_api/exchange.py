@@ -179,6 +179,13 @@ class Finding(Document):
     )
 
 
+class SourceShare(Document):
+    """What one training source gives of an epoch."""
+
+    examples_percent: float = Field(ge=0, le=100, description="Its share of the examples.")
+    tokens_percent: float = Field(ge=0, le=100, description="Its share of the tokens, cut to maxLength.")
+
+
 class Inspection(Document):
     """What the inspect stage found in the model and the data."""
 
@@ -207,6 +214,10 @@ class Inspection(Document):
     )
     findings: list[Finding] = Field(
         default_factory=list, max_length=FINDINGS_REPORTED, description="What to look at in the data, gravest first."
+    )
+    sources: list[SourceShare] = Field(
+        default_factory=list,
+        description="What each source gives of an epoch, in the order of dataset.train; empty where there is but one.",
     )
     download_bytes: int = Field(
         default=0, ge=0, description="Model and data in stores: what train downloads to the work volume."

@@ -29,6 +29,7 @@ class FindingCode(StrEnum):
     TRUNCATED = "truncated"
     LEFT_OUT = "leftOut"
     NEAR_DUPLICATES = "nearDuplicates"
+    NOT_COMPARED = "notCompared"
     DUPLICATES = "duplicates"
     FEW_EVAL_EXAMPLES = "fewEvalExamples"
 
@@ -103,6 +104,10 @@ FINDINGS = MappingProxyType({
     FindingCode.NEAR_DUPLICATES: Kind(
         "warns", "training examples are nearly the same as an earlier one; they are kept",
         "remove them, unless they are meant to count more",
+    ),
+    FindingCode.NOT_COMPARED: Kind(
+        "warns", "these examples and those after them were too many to be looked at for near duplicates",
+        "nothing; a tool of its own, for near duplicates among the rest",
     ),
     FindingCode.DUPLICATES: Kind(
         "warns", "training examples equal to an earlier one are removed",

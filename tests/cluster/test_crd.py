@@ -22,6 +22,7 @@ from qlora_api.exchange import (
     ModelShape,
     Recipe,
     Score,
+    SourceShare,
     TokenCounts,
     Verdict,
 )
@@ -348,6 +349,7 @@ STATUS = JobStatus(
         ),
         examples=1000,
         eval_examples=50,
+        sources=[SourceShare(examples_percent=90, tokens_percent=84.25)],
         golden_examples=20,
         tokens=TokenCounts(p50=180, p95=420, max=900, total=200_000),
         max_length=512,

@@ -133,6 +133,13 @@ class Examples:
             for _ in range(times):
                 yield example
 
+    def spread(self, count: int) -> np.ndarray:
+        """Which `count` of the different ones to look at closer: by hash, so from everywhere and always the same."""
+        hashes = _halves(self.keys[self.times > 0])[:, 1]
+        chosen = np.zeros(len(hashes), bool)
+        chosen[np.argsort(hashes, kind="stable")[:count]] = True
+        return chosen
+
     def placed(self) -> Iterator[tuple[str, Example]]:
         """Each example once, with its place."""
         return ((where, example) for where, example, _ in self.counted())
@@ -164,6 +171,8 @@ class Corpus:
     formats: frozenset[Kind]
     """What training examples are."""
     duplicates: int
+    per_source: list[int]
+    """How many different examples each training source gives; they stand one after the other in `train`."""
     leaked: dict[str, int] = field(default_factory=dict)
     leaks: frozenset[bytes] = frozenset()
     """Which examples, by their normalised text, are both trained on and held out."""
@@ -220,7 +229,7 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
     duplicates = len(keys) - len(first)
     if duplicates:
         findings.add(FindingCode.DUPLICATES, _place(sources, int(np.argmin(kept))), duplicates)
-    halves = np.frombuffer(keys.tobytes(), dtype=">u8").reshape(-1, 2)
+    halves = _halves(keys)
     held_out = np.zeros(len(keys), bool)
     if data.eval_fraction:
         held_out = kept & (halves[:, 0] < np.uint64(min(int(data.eval_fraction * 2**64), 2**64 - 1)))
@@ -230,10 +239,11 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
     if not kept.any():
         raise BadInput(f"dataset.evalFraction: {data.eval_fraction} leaves no example to train on")
     times = np.zeros(len(keys), np.int32)
-    start = 0
+    start, per_source = 0, []
     for source, order in zip(sources, data.train, strict=True):
         here = slice(start, start + len(source))
         times[here] = _times(kept[here], halves[here, 1], order.weight)
+        per_source.append(int(np.count_nonzero(times[here])))
         start = here.stop
 
     files = [file for source in sources for file in source.files]
@@ -245,6 +255,7 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
         digest=combined_digest(digests),
         formats=frozenset(kind for source in sources for kind in source.kinds),
         duplicates=duplicates,
+        per_source=per_source,
         findings=findings,
     )
     if EVAL in read:
@@ -269,6 +280,11 @@ def read_corpus(data: DataOrder, pod: Pod) -> Corpus:
             log.info("LEAKAGE: %d %s examples are also training examples; their score says little", also.sum(), name)
     corpus.leaks = frozenset(leaks)
     return corpus
+
+
+def _halves(keys: np.ndarray) -> np.ndarray:
+    """Each key as two numbers."""
+    return np.frombuffer(keys.tobytes(), dtype=">u8").reshape(-1, 2)
 
 
 def leak_key(example: Example) -> bytes:

@@ -265,9 +265,14 @@ class Extents:
         self._runs.extend(edges.tolist())
 
     @property
+    def times(self) -> np.ndarray:
+        """How often each example is meant."""
+        return np.asarray(self._times)
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, as often as it is meant."""
-        return np.repeat(np.asarray(self._lengths), np.asarray(self._times))
+        return np.repeat(np.asarray(self._lengths), self.times)
 
     def loss_tokens(self, max_length: int) -> np.ndarray:
         """Tokens that carry loss within the first `max_length`, of each example, as often as it is meant."""

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from rich.console import Console
 
+from qlora_api.exchange import train_field
 from qlora_api.findings import FINDINGS
 from qlora_api.v1alpha1 import GROUP, PLURAL, Condition, Phase
 from qlora_api.v1alpha1.fields import Document
@@ -56,9 +57,17 @@ class FindingShown(Document):
     example: str | None = None
 
 
+class ShareShown(Document):
+    """What one source gives of an epoch."""
+
+    examples_percent: float = 0
+    tokens_percent: float = 0
+
+
 class InspectionShown(Document):
     """Of what inspection found, what is to be looked at."""
 
+    sources: tuple[ShareShown, ...] = ()
     findings: tuple[FindingShown, ...] = ()
 
 
@@ -153,6 +162,11 @@ def show(job: Job, console: Console) -> None:
         for condition in waits:
             told = "" if condition.message in status.message else f": {condition.message}"
             say(console, f"  {condition.type} is {condition.status} ({condition.reason}){told}")
+    if shares := status.inspection.sources:
+        _head(console, "what is learned from")
+        for number, share in enumerate(shares):
+            of = f"{share.examples_percent:g} % of the examples, {share.tokens_percent:g} % of the tokens"
+            say(console, f"  {train_field(number)}: {of}")
     if found := status.inspection.findings:
         _head(console, "to look at in the data")
         for finding in found:

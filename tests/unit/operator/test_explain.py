@@ -80,11 +80,16 @@ def test_what_inspection_warned_of_is_told_with_its_cure(kubectl: Kubectl, capsy
     document = ran_out_of_memory_and_waits()
     of_a_later_version = {"severity": "warns", "code": "haunted", "count": 2}
     truncated = {"severity": "warns", "code": "truncated", "count": 1234, "example": "train[0] line 7: 900 tokens"}
-    document["status"]["inspection"] = {"findings": [truncated, of_a_later_version]}
+    shares = [{"examplesPercent": 90, "tokensPercent": 84.25}, {"examplesPercent": 10, "tokensPercent": 15.75}]
+    document["status"]["inspection"] = {"findings": [truncated, of_a_later_version], "sources": shares}
     text = " ".join(below("to look at in the data", told(kubectl, capsys, document)))
     assert "truncated 1,234 (first: train[0] line 7: 900 tokens): examples longer than `maxLength` lose" in text
     assert "raise `dataset.maxLength`" in text
     assert "haunted 2" in text
+    assert below("what is learned from", told(kubectl, capsys, document)) == [
+        "  dataset.train[0]: 90 % of the examples, 84.25 % of the tokens",
+        "  dataset.train[1]: 10 % of the examples, 15.75 % of the tokens",
+    ]
 
 
 FAILED_TRAINING = given.attempt(TRAIN, 2, "Diverged", exit_code=12, message="lower the rate")

@@ -15,6 +15,7 @@ from qlora_api.exchange import (
     Finding,
     InspectOrder,
     LinearModule,
+    SourceShare,
     succeeded,
 )
 from qlora_api.findings import FINDINGS, FindingCode, Severity
@@ -51,6 +52,9 @@ def test_the_worst_report_fits_into_a_termination_message() -> None:
         data=DataOrder(train=[DataSource(uri="pvc://d/d")]),
     )  # fmt: skip
     assert len(succeeded(order, inspection).fitted().encode()) < 3700
+    share = SourceShare(examples_percent=33.33, tokens_percent=33.33)
+    mixed = inspection.model_copy(update={"findings": [], "sources": [share] * 32})
+    succeeded(order, mixed).fitted()  # findings make room for the shares of as many sources as there may be
 
 
 @pytest.mark.parametrize(

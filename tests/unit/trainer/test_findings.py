@@ -10,8 +10,11 @@ import pytest
 
 from qlora_api.exchange import DataSource, Inspection
 from qlora_api.findings import FINDINGS, FindingCode
+from qlora_trainer import duplicates, inspection
 from qlora_trainer.failures import BadInput
+from qlora_trainer.formats import Example
 from qlora_trainer.inspection import inspect
+from qlora_trainer.sequences import Tokenisation
 
 from .conftest import TEMPLATE, THINGS, Place, chat, examples, write_jsonl
 
@@ -103,6 +106,7 @@ WARNING: dict[FindingCode, tuple[Callable[[Place], object], dict[str, Any], tupl
     FindingCode.NEARLY_LEAKED: (near_and_equal, HELD, (1, "eval line 1")),
     FindingCode.NEAR_DUPLICATES: (near_and_equal, {}, (1, "train[0] line 51")),
     FindingCode.DUPLICATES: (near_and_equal, {}, (1, "train[0] line 49")),
+    FindingCode.NOT_COMPARED: (lambda place: train(place, examples()), {}, (8, "train[0] line 41")),
     FindingCode.FEW_EVAL_EXAMPLES: (near_and_equal, HELD, (2, None)),
     FindingCode.NO_STOP_TOKEN: (
         lambda place: template(place, TEMPLATE.replace("<|end|>", "###").replace(MARKS[0], "").replace(MARKS[1], "")),
@@ -124,9 +128,13 @@ WARNING: dict[FindingCode, tuple[Callable[[Place], object], dict[str, Any], tupl
 
 
 @pytest.mark.parametrize("code", WARNING)
-def test_what_warns_is_counted_and_the_first_is_named(place: Place, code: FindingCode) -> None:
+def test_what_warns_is_counted_and_the_first_is_named(
+    place: Place, code: FindingCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spoil, data, expected = WARNING[code]
     spoil(place)
+    if code is FindingCode.NOT_COMPARED:
+        monkeypatch.setattr(duplicates, "COMPARED_MAX", 40)
     loss = {"loss": "completion"} if code is FindingCode.NO_STOP_TOKEN else {}
     assert found(place, data=place.data(**data), **loss)[code] == expected
 
@@ -159,12 +167,35 @@ def test_a_model_that_is_asked_otherwise_than_it_learns_does_not_round_trip(
     assert "dataset.train[0] line 1: the model is asked with another beginning than it learns" in caplog.text
 
 
+def test_of_many_examples_some_from_everywhere_are_tried_and_the_finding_says_how_many(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "ROUND_TRIPS", 5)
+    broken: list[str] = []
+
+    def faulty(_: Tokenisation, example: Example) -> str:
+        broken.append(example.content["messages"][0]["content"])
+        return "a fault"
+
+    monkeypatch.setattr(Tokenisation, "round_trip", faulty)
+    count, where = found(place)[FindingCode.TEMPLATE_ROUND_TRIP]
+    assert count == 5
+    asked = [row["messages"][0]["content"] for row in examples()]
+    lines = [asked.index(text) + 1 for text in broken]
+    assert where == f"train[0] line {lines[0]}; 5 of 48 were tried"
+    assert lines[-1] > 24, "not only the first ones"
+
+    first = sorted(broken)
+    broken.clear()
+    train(place, examples()[::-1])
+    found(place)
+    assert sorted(broken) == first, "which are tried follows from the examples, not from their order"
+
+
 def test_held_out_chats_are_tried_with_the_template_before_a_gpu_is_taken(place: Place) -> None:
     template(place, REFUSES_SYSTEM + TEMPLATE)
     write_jsonl(place.claims / "data" / "golden.jsonl", [SYSTEM])
-    with pytest.raises(
-        BadInput, match=r"evaluation\.golden line 1: the model's chat template refuses it: no system"
-    ):
+    with pytest.raises(BadInput, match=r"evaluation\.golden line 1: the model's chat template refuses it: no system"):
         inspect(place.inspect_order(), place.pod)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_api.exchange import succeeded
+from qlora_api.exchange import DataSource, succeeded
 from qlora_trainer.failures import BadInput
 from qlora_trainer.inspection import inspect
 
@@ -34,6 +34,33 @@ def test_the_facts_are_those_of_the_model_and_the_data(place: Place) -> None:
     assert 5 < seen.loss_token_percent < 40
     assert seen.loss == "assistant"
     succeeded(place.inspect_order(), seen).fitted()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_a_share_of_the_mixture_is_asked_for_by_weight_and_reported(place: Place, share: float) -> None:
+    """As docs/data.md says: share ÷ (1 - share) × the others' examples ÷ the source's."""
+    general = [chat(f"How much is {n} and {n}, and then what is twice that?", str(4 * n)) for n in range(100)]
+    write_jsonl(place.claims / "data" / "general.jsonl", general)
+    weight = share / (1 - share) * len(examples()) / len(general)
+    sources = [DataSource(uri="pvc://data/train.jsonl"), DataSource(uri="pvc://data/general.jsonl", weight=weight)]
+    seen = inspect(place.inspect_order(place.data(train=sources)), place.pod)
+    examples_of = [source.examples_percent for source in seen.sources]
+    tokens_of = [source.tokens_percent for source in seen.sources]
+    assert examples_of == pytest.approx([100 - 100 * share, 100 * share], abs=1)
+    assert sum(examples_of) == pytest.approx(100, abs=0.02) == sum(tokens_of)
+    assert tokens_of[1] > examples_of[1] + 2, "its examples are longer"
+    assert not inspect(place.inspect_order(), place.pod).sources, "one source gives all"
+
+
+def test_shares_are_of_what_is_learned(place: Place) -> None:
+    """A source is cut to maxLength, what has no answer within it does not count, and what counts twice does."""
+    write_jsonl(place.claims / "data" / "long.jsonl", [chat("a?", "b " * 200), chat("sparrow " * 60, "bird")])
+    write_jsonl(place.claims / "data" / "short.jsonl", [chat("c?", "d")])
+    sources = [DataSource(uri="pvc://data/long.jsonl"), DataSource(uri="pvc://data/short.jsonl", weight=2)]
+    seen = inspect(place.inspect_order(place.data(train=sources), max_length=64), place.pod)
+    assert [share.examples_percent for share in seen.sources] == [33.33, 66.67]
+    short = seen.tokens.p50
+    assert seen.sources[0].tokens_percent == pytest.approx(100 * 64 / (64 + 2 * short), abs=0.01)
 
 
 def test_a_long_example_does_not_set_the_length_for_all(place: Place) -> None:
