@@ -31,6 +31,7 @@ STANDING = Standing(
     padding=0.02,
     loss=1.0,
     eval_loss=1.0,
+    looks={"perplexity": 2.0, "canary.perplexity": 2.0, "exactMatch": 0.5},
     learning_rate=1e-4,
     grad_norm=1.0,
     tokens_per_second=10.0,

@@ -216,7 +216,7 @@ def test_series_end_with_the_training_and_with_the_job(watched: Watched) -> None
         query = f'{{__name__=~"{"|".join(names)}",qlorajob="{NAME}"}}'
         cluster.wait(f"{names} have ended", lambda: server.query(query), lambda series: not series, timeout=30)
 
-    ended("qlora_train_.+", "qlora_eval_loss", "up")
+    ended("qlora_train_.+", "qlora_eval_.+", "up")
     ended("qlora_job_progress_ratio")
     of_the_job = [series.name for series in SERIES if set(OF_A_JOB) <= set(series.labels)]
     assert server.query(f'{{__name__=~"{"|".join(of_the_job)}",qlorajob="{NAME}"}}')

@@ -174,6 +174,7 @@ def learn(
                 progress.eval_losses.append((progress.step, value))
                 recorder.evaluated(progress)
             told = learning.watch.looked(progress, value)
+            recorder.evaluated(progress)
             progress.stopped_early = told == "stop" and progress.step < learning.steps
         last = progress.step == learning.steps or progress.stopped_early
         if time.monotonic() - said_at >= SECONDS_BETWEEN_LINES or last:

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from qlora_trainer.environment import log
+from qlora_trainer.scores import CANARY
 from qlora_trainer.standing import Standing
 
 #: Name, help and value. A value that is not known is no sample.
@@ -60,6 +61,23 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "qlora_tokens", "Tokens learned from, over all attempts, padding not counted.", value=now.tokens
         )
+        perplexities = GaugeMetricFamily(
+            "qlora_eval_perplexity",
+            "Perplexity of the expected answers of the examples looked at in each evaluation, by set.",
+            labels=["set"],
+        )
+        scores = GaugeMetricFamily(
+            "qlora_eval_score",
+            "Score of the answers to the golden examples looked at in each evaluation, 0 to 1, by metric.",
+            labels=["metric"],
+        )
+        for name, value in now.looks.items():
+            of = "canary" if name.startswith(CANARY) else "golden"
+            if name.removeprefix(CANARY) == "perplexity":
+                perplexities.add_metric([of], value)
+            else:
+                scores.add_metric([name], value)
+        yield from (family for family in (perplexities, scores) if family.samples)
         if now.gpu_memory_bytes:
             memory = GaugeMetricFamily(
                 "qlora_gpu_memory_bytes", "GPU memory of the allocator, in bytes.", labels=["kind"]

@@ -49,6 +49,7 @@ class Recorder:
             tokens=progress.tokens,
             loss=progress.losses[-1] if progress.losses else None,
             eval_loss=_last_eval(progress),
+            looks=_last_look(progress),
         )
         self._tell(self._standing)
 
@@ -88,8 +89,8 @@ class Recorder:
         )
 
     def evaluated(self, progress: Progress) -> Standing:
-        """Note the newest evaluation loss."""
-        return self._tell(replace(self._standing, eval_loss=_last_eval(progress)))
+        """Note what the newest evaluation has found so far: its loss, then what else is looked at."""
+        return self._tell(replace(self._standing, eval_loss=_last_eval(progress), looks=_last_look(progress)))
 
     def alive(self) -> None:
         """Say once more where the training stands: what is being done takes long and is no step."""
@@ -104,3 +105,8 @@ class Recorder:
 
 def _last_eval(progress: Progress) -> float | None:
     return progress.eval_losses[-1][1] if progress.eval_losses else None
+
+
+def _last_look(progress: Progress) -> dict[str, float]:
+    found = progress.looks[-1] if progress.looks else {}
+    return {name: value for name, value in found.items() if name not in ("step", "evalLoss")}

@@ -20,6 +20,7 @@ class Standing:
     padding: float | None = None  # share of pad tokens in what went through the model, over all attempts
     loss: float | None = None
     eval_loss: float | None = None
+    looks: Mapping[str, float] = field(default_factory=dict)  # what the last evaluation found besides, by metric
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None

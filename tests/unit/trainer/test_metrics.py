@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from qlora_api.exchange import DataSource
 from qlora_trainer import learning, training
 from qlora_trainer.environment import Pod
 from qlora_trainer.evaluation import summed_loss
@@ -24,7 +26,7 @@ from qlora_trainer.metrics import Metrics
 from qlora_trainer.standing import Standing
 from qlora_trainer.training import train
 
-from .conftest import Place
+from .conftest import Place, examples, write_jsonl
 from .test_training import InterruptedAfter, losses
 
 HOST = "127.0.0.1"
@@ -33,6 +35,7 @@ ON_EVERY_DEVICE = {
     "qlora_train_steps", "qlora_train_epoch", "qlora_tokens_total", "qlora_tokens_per_second",
     "qlora_padding_ratio",
 }  # fmt: skip
+LOOKS = {"qlora_eval_perplexity", "qlora_eval_score"}
 
 
 class Scraped(Metrics):
@@ -70,6 +73,7 @@ def metrics() -> Iterator[Scraped]:
 def on_a_gpu() -> Standing:
     return Standing(
         at=datetime.now(UTC), step=7, steps=9, epoch=0.5, tokens=12345, loss=0.5, eval_loss=0.6, learning_rate=1e-4,
+        looks={"perplexity": 1.5, "canary.perplexity": 2.5, "tokenF1": 0.75},
         grad_norm=1.5, tokens_per_second=99.5, padding=0.02, mfu=0.41, remaining_seconds=4.0,
         gpu_memory_bytes={"allocated": 1 << 30, "reserved": 2 << 30, "reserved_peak": 3 << 30},
     )  # fmt: skip
@@ -93,7 +97,7 @@ def test_the_series_are_those_of_the_training(place: Place, metrics: Scraped, ca
     assert tokens[-1] == result.tokens > tokens[0] == 0
 
     last = metrics.read()
-    assert set(last) == ON_EVERY_DEVICE, "on a CPU there is no utilisation and no GPU memory"
+    assert set(last) == ON_EVERY_DEVICE | {"qlora_eval_perplexity"}, "a CPU has no utilisation and no GPU memory"
     assert last["qlora_eval_loss"] == result.eval_loss
     assert last["qlora_train_steps"] == 6
     assert last["qlora_train_epoch"] == pytest.approx(result.epochs, abs=1e-4)
@@ -147,13 +151,13 @@ def test_names_follow_prometheus_conventions() -> None:
     families = list(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
     ours = [family for family in families if family.name.startswith("qlora_")]
     names = {sample.name for family in ours for sample in family.samples}
-    assert names == ON_EVERY_DEVICE | {"qlora_mfu_ratio", "qlora_gpu_memory_bytes"}
+    assert names == ON_EVERY_DEVICE | LOOKS | {"qlora_mfu_ratio", "qlora_gpu_memory_bytes"}
     for family in ours:
         assert family.documentation.endswith("."), family.name
         assert re.fullmatch(r"[a-z][a-z0-9_]*", family.name)
         for sample in family.samples:
             assert sample.name.endswith("_total") == (family.type == "counter"), sample.name
-            assert set(sample.labels) <= {"kind"}, "which job it is the scraper says"
+            assert set(sample.labels) <= {"kind", "set", "metric"}, "which job it is the scraper says"
     assert {family.name for family in families} - {family.name for family in ours} >= {
         "process_cpu_seconds", "process_open_fds", "process_resident_memory_bytes",
     }  # fmt: skip
@@ -161,6 +165,32 @@ def test_names_follow_prometheus_conventions() -> None:
 
 def test_before_it_begins_a_training_has_no_figures() -> None:
     assert "qlora_" not in generate_latest(Metrics().registry).decode()
+
+
+def test_what_is_looked_at_in_flight_is_told_and_told_again_after_a_resume(place: Place, metrics: Scraped) -> None:
+    write_jsonl(place.claims / "data" / "canary.jsonl", examples()[:4])
+    data = place.data(canary=DataSource(uri="pvc://data/canary.jsonl"))
+    order = place.train_order(data, {"max_steps": 3, "best_metric": "tokenF1", "evals_per_epoch": 2})
+    train(order, replace(place.pod, watchers=(metrics,)))
+    manifest = sorted(place.work.glob("checkpoints/*/step-*"))[-1]
+    looks = json.loads((manifest / "progress.json").read_text())["looks"]
+    assert len(looks) > 1
+
+    def served(of: Metrics) -> dict[tuple[str, ...], float]:
+        families = text_string_to_metric_families(generate_latest(of.registry).decode())
+        return {(s.name, *s.labels.values()): s.value for f in families for s in f.samples if s.name in LOOKS}
+
+    expected = {
+        ("qlora_eval_perplexity", "golden"): looks[-1]["perplexity"],
+        ("qlora_eval_perplexity", "canary"): looks[-1]["canary.perplexity"],
+        ("qlora_eval_score", "tokenF1"): looks[-1]["tokenF1"],
+    }
+    assert served(metrics) == expected
+    assert looks[0]["perplexity"] != looks[-1]["perplexity"]
+    (place.work / "results" / "train.json").unlink()
+    next_pod = Metrics()
+    train(order, replace(place.pod, watchers=(next_pod,)))
+    assert served(next_pod) == expected
 
 
 def test_a_busy_port_is_no_reason_not_to_train(place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,7 +224,7 @@ def test_what_takes_long_shows_that_it_goes_on(place: Place) -> None:
         return sum(standing.step == 1 for standing in kept.seen)
 
     assert told_at_the_end(golden=None) == 1
-    assert told_at_the_end() == 1 + 12 // 2 + 2
+    assert told_at_the_end() == 1 + 12 // 2 + 1 + 2
     evaluation = told_at_the_end(golden=None, eval_fraction=0.5) - 1
     assert evaluation > 1 + 1, "more than one batch, and the loss at the end"
 
