@@ -12,8 +12,8 @@ Experts are not adapted: PEFT's `target_parameters` finds no weight that is pack
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -39,7 +39,7 @@ SCALES_BLOCK_SIZE = 256
 class PackedExperts:
     """The weights of one product of all experts of a layer, `parts` matrices each, one below the other.
 
-    `packed` has two weights in a byte; `scales` one per 64 weights in fp32, or in 8 bits, and then `scales_of_scales`
+    `packed` has two weights in a byte, and is empty where ranks share it: see `at_hand`; `scales` one per 64 weights in fp32, or in 8 bits, and then `scales_of_scales`
     and `offsets`, as bitsandbytes' double quantisation has them.
     """
 
@@ -57,7 +57,7 @@ class PackedExperts:
 
     @property
     def experts(self) -> int:
-        return self.packed.shape[0]
+        return self.scales.shape[0]
 
     @property
     def bytes(self) -> int:
@@ -233,43 +233,64 @@ class _PackingQuantizer(Bnb4BitHfQuantizer):
             matrices = [matrix for expert in one for matrix in expert.chunk(parts)]
         else:
             matrices = [stored[part][expert] for expert in range(number) for part in range(parts)]
-        size = outputs * inputs // parts
-        if size % BLOCK_SIZE or {matrix.numel() for matrix in matrices} != {size}:
-            raise ValueError(f"experts of {outputs // parts} x {inputs} weights cannot be quantised in blocks of 64")
         config: Any = self.quantization_config
-        double = config.bnb_4bit_use_double_quant
-        blocks = size // BLOCK_SIZE
-        padded = -(-blocks // SCALES_BLOCK_SIZE) * SCALES_BLOCK_SIZE if double else blocks
-        rows, kind = number * parts, torch.uint8 if double else torch.float32
-        packed = torch.empty(rows, size // 2, dtype=torch.uint8, device=self.device)
-        scales = torch.zeros(rows, padded, dtype=kind, device=self.device)
-        tops = torch.empty(rows, padded // SCALES_BLOCK_SIZE, device=self.device) if double else None
-        offsets = torch.empty(rows, device=self.device) if double else None
-        state: Any = None
-        for index, matrix in enumerate(matrices):
-            values, state = bnb.quantize_4bit(
-                matrix.to(self.device).contiguous(),
-                blocksize=BLOCK_SIZE,
-                compress_statistics=double,
-                quant_type=config.bnb_4bit_quant_type,
-            )
-            packed[index] = values.view(-1)
-            scales[index, :blocks] = state.absmax
-            if tops is not None and offsets is not None:
-                tops[index], offsets[index] = state.state2.absmax, state.offset
-        return PackedExperts(
-            packed=packed.view(number, -1),
-            scales=scales.view(number, parts, padded),
-            scales_of_scales=None if tops is None else tops.view(number, parts, -1),
-            offsets=None if offsets is None else offsets.view(number, parts),
-            scales_code=state.state2.code if double else None,
-            code=state.code,
-            outputs=outputs,
-            inputs=inputs,
-            parts=parts,
-            quant_type=config.bnb_4bit_quant_type,
-            dtype=state.dtype,
+        return quantised_experts(
+            matrices, whole, parts,
+            double_quant=config.bnb_4bit_use_double_quant, quant_type=config.bnb_4bit_quant_type, device=self.device,
+        )  # fmt: skip
+
+
+def quantised_experts(
+    matrices: Iterable[torch.Tensor],
+    whole: torch.Tensor,
+    parts: int,
+    *,
+    double_quant: bool,
+    quant_type: str,
+    device: torch.device,
+) -> PackedExperts:
+    """The experts that `whole` has room for, of `matrices` as they come: of each expert its parts, one by one.
+
+    Raises ValueError when they are not of the sizes that make up `whole`, or not of whole blocks.
+    """
+    number, outputs, inputs = whole.shape
+    size = outputs * inputs // parts
+    if size % BLOCK_SIZE:
+        raise ValueError(f"experts of {outputs // parts} x {inputs} weights cannot be quantised in blocks of 64")
+    blocks = size // BLOCK_SIZE
+    padded = -(-blocks // SCALES_BLOCK_SIZE) * SCALES_BLOCK_SIZE if double_quant else blocks
+    rows, kind = number * parts, torch.uint8 if double_quant else torch.float32
+    packed = torch.empty(rows, size // 2, dtype=torch.uint8, device=device)
+    scales = torch.zeros(rows, padded, dtype=kind, device=device)
+    tops = torch.empty(rows, padded // SCALES_BLOCK_SIZE, device=device) if double_quant else None
+    offsets = torch.empty(rows, device=device) if double_quant else None
+    state: Any = None
+    for index, matrix in zip(range(rows), matrices, strict=True):
+        if matrix.numel() != size:
+            raise ValueError(f"an expert of {list(matrix.shape)} weights stands where {size} are wanted")
+        values, state = bnb.quantize_4bit(
+            matrix.to(device).contiguous(),
+            blocksize=BLOCK_SIZE,
+            compress_statistics=double_quant,
+            quant_type=quant_type,
         )
+        packed[index] = values.view(-1)
+        scales[index, :blocks] = state.absmax
+        if tops is not None and offsets is not None:
+            tops[index], offsets[index] = state.state2.absmax, state.offset
+    return PackedExperts(
+        packed=packed.view(number, -1),
+        scales=scales.view(number, parts, padded),
+        scales_of_scales=None if tops is None else tops.view(number, parts, -1),
+        offsets=None if offsets is None else offsets.view(number, parts),
+        scales_code=state.state2.code if double_quant else None,
+        code=state.code,
+        outputs=outputs,
+        inputs=inputs,
+        parts=parts,
+        quant_type=quant_type,
+        dtype=state.dtype,
+    )
 
 
 register_quantizer(PACKED)(_PackingQuantizer)
@@ -324,17 +345,22 @@ def packed_forward(
     tokens, per_token = top_k_index.shape
     chosen = top_k_index.reshape(-1)
     _, order = torch.sort(chosen)
-    held: dict[str, PackedExperts] = module.packed_experts
     ends = rows_end(chosen, module.num_experts)
     rows = hidden_states[order // per_token]
-    rows = _product(rows, held["gate_up_proj"], ends)
+    rows = _product(rows, at_hand(module, "gate_up_proj"), ends)
     rows = module._apply_gate(rows)
-    rows = _product(rows, held["down_proj"], ends)
+    rows = _product(rows, at_hand(module, "down_proj"), ends)
     rows = rows * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     total = rows[back].view(tokens, per_token, -1).sum(dim=1)
     return total.to(hidden_states.dtype)
+
+
+def at_hand(module: Any, name: str) -> PackedExperts:
+    """The experts with the codes that the parameter `name` has now: whole ones come and go where ranks share them."""
+    held: PackedExperts = module.packed_experts[name]
+    return replace(held, packed=getattr(module, name).view(torch.uint8).view(held.experts, -1))
 
 
 def rows_end(chosen: torch.Tensor, experts: int) -> list[int]:

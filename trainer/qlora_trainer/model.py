@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.exchange import ExpertWeights, LinearModule, ModelShape
@@ -169,27 +169,45 @@ def stored_parts(model: Any, weights: Weights) -> dict[str, list[str]]:
     return names
 
 
-def stored_names(model: Any, weights: Weights) -> dict[str, str]:
-    """By the name of each of the model's weights, that under which the files hold it.
+@dataclass(frozen=True)
+class Stored:
+    """How the files hold one weight: as it is, or in pieces that a rule of transformers' puts together.
 
-    Raises BadInput when a weight is not stored as it is used: fused experts are put together from many tensors.
+    `pieces` has the tensors' names by what of the rule's source they match, in the order in which they are joined.
+    """
+
+    pieces: dict[str, list[str]]
+    rule: WeightConverter | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the first tensor; the only one, where there is no rule."""
+        return next(iter(self.pieces.values()))[0]
+
+
+def stored_as(model: Any, weights: Weights) -> dict[str, Stored]:
+    """By the name of each of the model's weights, and of buffers that are stored, how the files hold it.
+
+    Raises BadInput when several weights are one tensor in the files.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     joined = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    names: dict[str, str] = {}
-    for stored in weights.tensors:
-        name, converted = rename_source_key(stored, renamings, joined)
-        if converted is not None:
+    by_source = {source: rule for rule in joined for source in rule.source_patterns}
+    found: dict[str, Stored] = {}
+    for stored in sorted(weights.tensors, key=dot_natural_key):
+        name, source = rename_source_key(stored, renamings, joined)
+        rule = by_source[source] if source is not None else None
+        if rule and len(rule.target_patterns) > 1:
             raise BadInput(
-                f"model.uri: the model's {name} is put together from several tensors of its files, and such a model "
+                f"model.uri: the model's {name} and other weights are one tensor of its files, and such a model "
                 "cannot be shared between GPUs by this version: set hardware.gpus: 1"
             )
-        names[name] = stored
+        found.setdefault(name, Stored({}, rule)).pieces.setdefault(source or "", []).append(stored)
     for name, _ in model.named_parameters():
-        if name not in names and (twin := next((twin for twin in _twins(model, name) if twin in names), None)):
-            names[name] = names[twin]
-    return names
+        if name not in found and (twin := next((twin for twin in _twins(model, name) if twin in found), None)):
+            found[name] = found[twin]
+    return found
 
 
 def _twins(model: Any, name: str) -> list[str]:

@@ -8,6 +8,7 @@ rank its part. What is held at the most is one rank's part and one layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from transformers import AutoModelForCausalLM
 from qlora_api.exchange import Recipe
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import log
-from qlora_trainer.model import BaseModel, block_linears, stored_names
+from qlora_trainer.experts import PACKED, PackedExperts, packable, quantised_experts
+from qlora_trainer.model import BaseModel, Stored, block_linears, stored_as
+from qlora_trainer.quantization import EXPERT_MATRICES
 
 #: What PEFT puts into the names of a base's weights.
 _WRAPPER, _ADAPTED = "base_model.model.", ".base_layer."
@@ -31,12 +34,12 @@ _WRAPPER, _ADAPTED = "base_model.model.", ".base_layer."
 def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: DeviceMesh) -> Any:
     """The base with a fresh adapter, dealt out over `mesh`: what `with_adapter(load_for_training(…))` gives to one.
 
-    Raises BadInput for models whose files do not hold each weight as it is used (fused experts).
+    Raises BadInput for models of which several weights are one tensor in the files.
     """
     model = _without_weights(base, recipe)
-    names = stored_names(model, base.weights)
+    stored = stored_as(model, base.weights)
     model = with_adapter(model, recipe, base)
-    reader = _Reader(base, recipe, names, device)
+    reader = _Reader(base, recipe, stored, device, in_fp32=_kept_in_fp32(model, recipe))
     policy = OffloadPolicy()
     if recipe.offload == "parameters":
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -101,7 +104,21 @@ def _without_weights(base: BaseModel, recipe: Recipe) -> Any:
         hollow = hollow.expand(linear.out_features, linear.in_features)
         linear.weight = _packed(hollow, recipe, dtype) if quantised else nn.Parameter(hollow, requires_grad=False)
     model.is_loaded_in_4bit = recipe.method == "qlora"
+    if _packs_experts(base, recipe):
+        model.set_experts_implementation(PACKED)
     return model
+
+
+def _packs_experts(base: BaseModel, recipe: Recipe) -> bool:
+    return recipe.method == "qlora" and base.shape.experts_quantized
+
+
+def _kept_in_fp32(model: Any, recipe: Recipe) -> frozenset[str]:
+    """Parts of names of what the model's own code wants in fp32, whatever the others are; some of it in float16 only."""
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if recipe.compute_dtype == "float16":
+        kept |= {*(model._keep_in_fp32_modules or ())}
+    return frozenset(kept)
 
 
 def _packed(values: torch.Tensor, recipe: Recipe, storage: torch.dtype, module: Linear4bit | None = None) -> Any:
@@ -117,15 +134,24 @@ def _packed(values: torch.Tensor, recipe: Recipe, storage: torch.dtype, module: 
 class _Reader:
     """Fills modules with the weights that the files hold, in the type in which they are used."""
 
-    def __init__(self, base: BaseModel, recipe: Recipe, names: dict[str, str], device: torch.device) -> None:
-        self._base, self._recipe, self._names, self._device = base, recipe, names, device
+    def __init__(
+        self,
+        base: BaseModel,
+        recipe: Recipe,
+        stored: dict[str, Stored],
+        device: torch.device,
+        *,
+        in_fp32: frozenset[str] = frozenset(),
+    ) -> None:
+        self._base, self._recipe, self._stored, self._device = base, recipe, stored, device
         self._dtype: torch.dtype = getattr(torch, recipe.compute_dtype)
+        self._in_fp32 = in_fp32
 
     def fill(self, model: Any, part: nn.Module) -> None:
         """Give every weight and buffer of `part` that has none its values; adapters go to the device as they are."""
         paths = {id(module): path for path, module in model.named_modules()}
         for module in part.modules():
-            self._compute_buffers(model, module)
+            self._fill_buffers(model, module, paths[id(module)])
             for key, old in list(module.named_parameters(recurse=False)):
                 if isinstance(old, DTensor):
                     continue
@@ -135,6 +161,8 @@ class _Reader:
                 elif isinstance(module, Linear4bit) and key == "weight":
                     packed = _packed(self._read(name), self._recipe, self._dtype, module)
                     module.weight = packed.to(self._device)
+                elif key in EXPERT_MATRICES and _packs_experts(self._base, self._recipe) and packable(module):
+                    setattr(module, key, self._experts(module, key, name))
                 elif old.is_meta or _is_hollow(old):
                     self._set(model, old, self._read(name).to(self._device))
 
@@ -146,20 +174,72 @@ class _Reader:
                 if parameter is old:
                     module._parameters[key] = new
 
-    def _compute_buffers(self, model: Any, module: nn.Module) -> None:
-        """They are in no file. The model fills them as after any loading: before the weights, which it fills too."""
+    def _fill_buffers(self, model: Any, module: nn.Module, path: str) -> None:
+        """Few are in the files. The model computes them as after any loading: before the weights, which it fills too."""
         lacking = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in lacking:
             module._buffers[name] = torch.empty_like(module.get_buffer(name), device=self._device)
         if lacking:
             with torch.no_grad():
                 model.get_base_model()._init_weights(module)
+        for name in lacking:
+            if _own_name(f"{path}.{name}") in self._stored:
+                module._buffers[name] = self._read(f"{path}.{name}").to(self._device)
+
+    def _experts(self, module: nn.Module, key: str, name: str) -> nn.Parameter:
+        """The 4-bit codes of a layer's experts in one column, so that ranks get equal parts whatever their number is;
+        their scales stay with the module."""
+        recipe = self._recipe
+        held = quantised_experts(
+            self._matrices(name, EXPERT_MATRICES[key]), module.get_parameter(key), EXPERT_MATRICES[key],
+            double_quant=recipe.double_quant, quant_type=recipe.quant_type, device=self._device,
+        )  # fmt: skip
+        packed: dict[str, PackedExperts] = module.__dict__.setdefault("packed_experts", {})
+        packed[key] = replace(held, packed=held.packed.new_empty(0))
+        return nn.Parameter(held.packed.view(-1).view(self._dtype)[:, None], requires_grad=False)
+
+    def _matrices(self, name: str, parts: int) -> Iterator[torch.Tensor]:
+        """Of each expert its `parts` matrices, one read at a time."""
+        stored = self._stored[_own_name(name)]
+        if stored.rule is None:  # all experts in one tensor
+            with self._opened(stored.name) as opened:
+                whole = opened.get_slice(stored.name)
+                for expert in range(whole.get_shape()[0]):
+                    yield from whole[expert].to(self._dtype).chunk(parts)
+            return
+        for pieces in zip(*(stored.pieces[source] for source in stored.rule.source_patterns), strict=True):
+            yield from (self._tensor(piece).to(self._dtype) for piece in pieces)
 
     def _read(self, name: str) -> torch.Tensor:
-        stored = self._names[name.removeprefix(_WRAPPER).replace(_ADAPTED, ".")]
-        file = self._base.directory / self._base.weights.tensors[stored].file
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(stored).to(self._dtype)
+        """A weight as the model has it, put together where the files have it in pieces."""
+        own = _own_name(name)
+        stored = self._stored[own]
+        dtype = torch.float32 if any(part in own for part in self._in_fp32) else self._dtype
+        if stored.rule is None:
+            return self._tensor(stored.name).to(dtype)
+        rule = stored.rule
+        pieces: Any = {
+            source: [self._tensor(name).to(dtype) for name in some] for source, some in stored.pieces.items()
+        }
+        for operation in rule.operations:
+            pieces = operation.convert(
+                pieces, source_patterns=rule.source_patterns, target_patterns=rule.target_patterns,
+                full_layer_name=own, config=self._base.config,
+            )  # fmt: skip
+        (value,) = pieces.values()
+        return value
+
+    def _tensor(self, stored: str) -> torch.Tensor:
+        with self._opened(stored) as opened:
+            return opened.get_tensor(stored)
+
+    def _opened(self, stored: str) -> Any:
+        return safe_open(self._base.directory / self._base.weights.tensors[stored].file, framework="pt")
+
+
+def _own_name(name: str) -> str:
+    """What the base calls it, without PEFT's additions."""
+    return name.removeprefix(_WRAPPER).replace(_ADAPTED, ".")
 
 
 def _is_hollow(weight: torch.Tensor) -> bool:
