@@ -90,8 +90,9 @@ ANSWERS: dict[Outcome, Row] = {
         "exit code 13",
         "ran out of GPU memory",
         "again at once, from the checkpoint, with half the micro-batch and twice the accumulation; at micro-batch 1 "
-        "with `training.offload: activations`, if the spec leaves it and `training.gradientCheckpointing` open; then, "
-        "or with `retry.onOutOfMemory: fail`, the job fails and says what would do, and what of the spec ruled it out",
+        "with `training.gradientCheckpointing`, where the plan had left it out, then with `training.offload: "
+        "activations`, each if the spec leaves it open; then, or with `retry.onOutOfMemory: fail`, the job fails and "
+        "says what would do, and what of the spec ruled it out",
         change=Change.LESS_GPU_MEMORY,
     ),
     Outcome.HOST_OUT_OF_MEMORY: Row(

@@ -64,6 +64,8 @@ def difference(old: Plan, new: Plan) -> str:
     if old.micro_batch_size != new.micro_batch_size:
         said.append(f"micro-batch {old.micro_batch_size} → {new.micro_batch_size}")
         said.append(f"accumulation {old.gradient_accumulation} → {new.gradient_accumulation}")
+    if old.recipe.gradient_checkpointing != new.recipe.gradient_checkpointing:
+        said.append("gradient checkpointing off → on")
     if old.recipe.offload != new.recipe.offload:
         said.append(f"offload {old.recipe.offload} → {new.recipe.offload}")
     return ", ".join(said)
@@ -82,11 +84,15 @@ def _half_the_micro_batch(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | Non
     return plan.recipe, size
 
 
-def _offloaded_activations(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | None:
-    """The checkpoints of recomputed activations, to the host; a training on the CPU has them there.
+def _recomputed_activations(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | None:
+    """Where the plan has kept them because there seemed to be room, and not the spec."""
+    if plan.recipe.gradient_checkpointing or spec.training.gradient_checkpointing is not None:
+        return None
+    return plan.recipe.model_copy(update={"gradient_checkpointing": True}), plan.micro_batch_size
 
-    Activations are recomputed unless the spec says that they are to be kept: that is not taken back here.
-    """
+
+def _offloaded_activations(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | None:
+    """The checkpoints of recomputed activations, to the host; a training on the CPU has them there."""
     recipe = plan.recipe
     if not plan.gpus or not recipe.gradient_checkpointing or recipe.offload != "none":
         return None
@@ -95,4 +101,4 @@ def _offloaded_activations(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | No
     return recipe.model_copy(update={"offload": "activations"}), plan.micro_batch_size
 
 
-LADDER: tuple[Rung, ...] = (_half_the_micro_batch, _offloaded_activations)
+LADDER: tuple[Rung, ...] = (_half_the_micro_batch, _recomputed_activations, _offloaded_activations)

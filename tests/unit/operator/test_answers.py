@@ -286,28 +286,34 @@ def lessened(spec: JobSpec, plan: Plan) -> Smaller:
 
 HALVED = ["micro-batch 4 → 2, accumulation 8 → 16", "micro-batch 2 → 1, accumulation 16 → 32"]
 LADDERS: list[Any] = [
-    # what the spec says, what is changed from attempt to attempt
-    pytest.param({}, [*HALVED, "offload none → activations"], id="left open"),
-    pytest.param({"training.gradientCheckpointing": True}, [*HALVED, "offload none → activations"], id="asked for"),
-    pytest.param({"training.offload": "none"}, HALVED, id="no offload allowed"),
+    # what the spec says, whether activations are recomputed at first, what is changed from attempt to attempt
+    pytest.param({}, True, [*HALVED, "offload none → activations"], id="left open"),
     pytest.param(
-        {"training.gradientCheckpointing": False}, HALVED, id="activations are to be kept: there is nothing to offload"
+        {}, False, [*HALVED, "gradient checkpointing off → on", "offload none → activations"], id="kept by the plan"
     ),
-    pytest.param({"hardware.accelerator": "cpu"}, HALVED, id="on the CPU there is nowhere to offload to"),
+    pytest.param(
+        {"training.gradientCheckpointing": True}, True, [*HALVED, "offload none → activations"], id="asked for"
+    ),
+    pytest.param({"training.offload": "none"}, True, HALVED, id="no offload allowed"),
+    pytest.param(
+        {"training.gradientCheckpointing": False}, False, HALVED, id="to be kept: there is nothing to offload"
+    ),
+    pytest.param({"hardware.accelerator": "cpu"}, True, HALVED, id="on the CPU there is nowhere to offload to"),
 ]
 
 
-@pytest.mark.parametrize(("edits", "expected"), LADDERS)
-def test_the_way_down(edits: dict[str, Any], expected: list[str]) -> None:
+@pytest.mark.parametrize(("edits", "recomputed", "expected"), LADDERS)
+def test_the_way_down(edits: dict[str, Any], recomputed: bool, expected: list[str]) -> None:
     job, found = given.job(edits), given.inspection()
     [recipe, *_] = planned_recipes(job.spec, found)
+    recipe = recipe.model_copy(update={"gradient_checkpointing": recomputed})
     plan = resized(given.plan(job, micro_batch_size=4), found, recipe, 4)
-    assert plan.recipe.gradient_checkpointing == (job.spec.training.gradient_checkpointing is not False)
     changes: list[str] = []
+    where = {"offload", "gradient_checkpointing"}
     while smaller := with_less_memory(job.spec, plan, found):
         changes.append(smaller.change)
         assert smaller.plan.memory.total_bytes < plan.memory.total_bytes, smaller.change
-        assert smaller.plan.recipe.model_dump(exclude={"offload"}) == plan.recipe.model_dump(exclude={"offload"})
+        assert smaller.plan.recipe.model_dump(exclude=where) == plan.recipe.model_dump(exclude=where)
         plan = smaller.plan
     assert changes == expected
 
