@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -24,7 +24,11 @@ def begun_side_by_side(ranks: int, work: Callable[[int], object]) -> list[int]:
     """The processes themselves, while they work."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    return [_forked(rank, ranks, port, work) for rank in range(ranks)]
+    where = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        forked(lambda rank=rank: work(rank), where | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
 
 
 def code_of(child: int) -> int:
@@ -32,14 +36,14 @@ def code_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _forked(rank: int, ranks: int, port: int, work: Callable[[int], object]) -> int:
+def forked(work: Callable[[], object], environment: Mapping[str, str]) -> int:
+    """A process that does `work`, with `environment` beside this one's."""
     if child := os.fork():
         return child
     code = 1
     try:
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in where.items()})
-        work(rank)
+        os.environ.update(environment)
+        work()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

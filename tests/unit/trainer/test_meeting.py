@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +20,11 @@ from qlora_trainer.ranks import PATIENCE_ENV, meeting, roll_call, said_of
 from qlora_trainer.words import words_in
 
 from .conftest import Place
-from .side_by_side import begun_side_by_side, code_of, needs_forks
-from .test_ranks import SHARED, free_port, started, up_to
+from .side_by_side import begun_side_by_side, code_of, forked, needs_forks
+from .test_ranks import SHARED, free_port
 
 #: A loaded machine takes seconds to end a process; what is not at once takes the whole grace period, or 30 minutes.
-AT_ONCE_SECONDS, GRACE_SECONDS = 60, 240
+AT_ONCE_SECONDS = 60
 
 
 @pytest.fixture
@@ -34,40 +33,59 @@ def order(place: Place) -> TrainOrder:
     return place.train_order(None, SHARED | {"max_steps": 400}).model_copy(update={"nodes": 2})
 
 
-def pod(place: Place, order: TrainOrder, number: int, port: int, **more: str) -> subprocess.Popen[str]:
-    where = {"PET_NNODES": "2", "PET_NODE_RANK": str(number), "PET_MASTER_ADDR": "127.0.0.1"}
-    report = {"QLORA_REPORT": str(place.root / f"report-{number}")}
-    grace = {"PET_SHUTDOWN_TIMEOUT": str(GRACE_SECONDS)}
-    return started(place, order, {**where, **report, **grace, "PET_MASTER_PORT": str(port), **more})
+def pod(place: Place, order: TrainOrder, number: int, **more: str) -> int:
+    """The program of one of the two pods, with the environment that the manifests give it; nobody else is there."""
+    (place.root / "order.json").write_text(order.to_json())
+    environment = {
+        "QLORA_ORDER": str(place.root / "order.json"),
+        "QLORA_REPORT": str(place.root / "report"),
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_NODE_RANK": str(number),
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(free_port()),
+        **more,
+    }
+
+    def program() -> None:
+        with (place.root / "log").open("w") as log:
+            os.dup2(log.fileno(), 1)
+            sys.stdout = log
+            sys.exit(main())
+
+    return forked(program, environment)
 
 
-def told(place: Place, number: int) -> str | None:
-    return parse_report((place.root / f"report-{number}").read_text()).failure
+def told(place: Place) -> str | None:
+    return parse_report((place.root / "report").read_text()).failure
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.soak)])
+@needs_forks
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_pod_that_waits_for_the_others_leaves_at_once(place: Place, order: TrainOrder, number: int) -> None:
-    program = pod(place, order, number, free_port())
-    up_to(program, f"pod {number} of 2 waits for the others")
+    program = pod(place, order, number)
+    _until(lambda: f"pod {number} of 2 waits for the others" in _log(place))
     began = time.monotonic()
-    program.send_signal(signal.SIGTERM)
-    output, _ = program.communicate(timeout=300)
-    assert program.returncode == ExitCode.INTERRUPTED, output
+    os.kill(program, signal.SIGTERM)
+    assert code_of(program) == ExitCode.INTERRUPTED, _log(place)
     assert time.monotonic() - began < AT_ONCE_SECONDS
-    assert told(place, number) == "told to stop (SIGTERM)"
+    assert told(place) == "told to stop (SIGTERM)"
 
 
-@pytest.mark.soak
+@needs_forks
 @pytest.mark.parametrize("number", [0, 1])
 def test_pods_that_never_come_are_named(place: Place, order: TrainOrder, number: int) -> None:
-    program = pod(place, order, number, free_port(), **{PATIENCE_ENV: "3"})
-    output, _ = program.communicate(timeout=300)
-    assert program.returncode == 1, output
-    failure = told(place, number)
-    assert failure
+    assert code_of(pod(place, order, number, **{PATIENCE_ENV: "1.5"})) == 1, _log(place)
     missing = f"pod {1 - number} (rank {1 - number}) of the training's 2 pods"
-    assert failure.startswith(f"{missing} did not come within 0.05 minutes: no node has room")
-    assert "Traceback" not in output
+    failure = told(place)
+    assert failure
+    assert failure.startswith(f"{missing} did not come within 0.025 minutes: no node has room")
+    assert "Traceback" not in _log(place)
+
+
+def _log(place: Place) -> str:
+    log = place.root / "log"
+    return log.read_text() if log.exists() else ""
 
 
 @needs_forks

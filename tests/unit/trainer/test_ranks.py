@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def started(place: Place, order: TrainOrder, more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """The pod's program on `order`, with the environment that the manifests give it, and `more`."""
+def started(place: Place, order: TrainOrder) -> subprocess.Popen[str]:
+    """The pod's program on `order`, with the environment that the manifests give it."""
     (place.root / "order.json").write_text(order.to_json())
     environment = {
         **os.environ,
@@ -73,7 +73,6 @@ def started(place: Place, order: TrainOrder, more: Mapping[str, str] | None = No
         "PET_NPROC_PER_NODE": str(order.ranks_per_node),
         "PET_MASTER_PORT": str(free_port()),
         "PET_SHUTDOWN_TIMEOUT": "60",
-        **(more or {}),
     }
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_trainer"],
