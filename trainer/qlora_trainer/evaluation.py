@@ -89,10 +89,13 @@ def answers(
     max_new_tokens: int,
     name: str = "",
     alive: Alive = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """The model's most likely answer to each prompt, up to its end-of-turn token; special tokens are left out.
 
-    Of a model that ranks share, all of them have to ask for the same.
+    All ranks have to ask for the same. Those that have the model whole take turns at the batches, which are cut as for
+    one rank: padding moves logits by rounding, and of 200 answers of a small model in bfloat16 7 were others in batches
+    of 8.
     """
     first = next(model.parameters())
     device = first.device
@@ -100,8 +103,11 @@ def answers(
     shared = isinstance(first, DTensor) and first.device_mesh.size() > 1
     stops = stop_tokens(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), GENERATION_BATCH):
+    texts: dict[int, str] = {}
+    turns = 1 if shared else ranks.size
+    for turn, start in enumerate(range(0, len(order), GENERATION_BATCH)):
+        if turn % turns != ranks.rank % turns:
+            continue
         chosen = order[start : start + GENERATION_BATCH]
         width = max(len(prompts[number]) for number in chosen)
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
@@ -123,9 +129,11 @@ def answers(
         for number, row in zip(chosen, generated[:, width:], strict=True):
             texts[number] = tokenizer.decode(row, skip_special_tokens=True)
         alive()
-        if name and (start // GENERATION_BATCH) % 10 == 9:
+        if name and (turn // turns) % 10 == 9:
             log.info("%s: %d of %d answered", name, start + len(chosen), len(prompts))
-    return texts
+    if not shared:
+        texts = {number: text for part in ranks.gathered(texts) for number, text in part.items()}
+    return [texts[number] for number in range(len(prompts))]
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -97,7 +97,7 @@ class Examiner:
         training = self.model.training
         self.model.eval()
         with self.model.disable_adapter() if base else nullcontext():
-            given = answers_to(self.model, self.tokenizer, of.questions, name, self.alive)
+            given = answers_to(self.model, self.tokenizer, of.questions, name, self.alive, self.ranks)
         self.model.train(training)
         return given
 
@@ -114,12 +114,17 @@ class Examiner:
 
 
 def answers_to(
-    model: Any, tokenizer: Any, examples: list[Example], name: str = "", alive: Alive = lambda: None
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    name: str = "",
+    alive: Alive = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """What `model` answers, with room for the longest of the expected answers."""
     longest = max(len(tokenizer(e.expected.strip(), add_special_tokens=False)["input_ids"]) for e in examples)
     prompts = [prompt_tokens(tokenizer, example) for example in examples]
-    return answers(model, tokenizer, prompts, longest + ANSWER_SLACK_TOKENS, name, alive)
+    return answers(model, tokenizer, prompts, longest + ANSWER_SLACK_TOKENS, name, alive, ranks)
 
 
 def examine(

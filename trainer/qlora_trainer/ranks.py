@@ -65,6 +65,14 @@ class Ranks:
         dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
         return made[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """What each rank has, in their order. All have to ask."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Until all ranks have come here."""
         if self.size > 1:

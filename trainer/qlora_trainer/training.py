@@ -161,7 +161,7 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     with pod.interruption.deferred():
         learn(learning, progress, checkpoints, order, pod.interruption, recorder)
 
-    # what came out, and what it is worth; all ranks answer, for of a model that is shared each has a part
+    # what came out, and what it is worth; all ranks answer: each a part, or all with a part of the model
     selected_step = watch.put_back(model, progress)
     learned = {name: whole(weight) for name, weight in adapter_weights(model).items()}
     if ranks.first:

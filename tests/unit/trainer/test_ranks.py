@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from qlora_operator.sizing.training import adapted_by_default, attention_by_defa
 from qlora_trainer import learning
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.evaluation import summed_loss
-from qlora_trainer.examination import Examiner
+from qlora_trainer.examination import Examiner, answers_to
 from qlora_trainer.failures import GateFailed
+from qlora_trainer.formats import Example
 from qlora_trainer.launch import cause
 from qlora_trainer.model import BaseModel, open_base, shape_of
 from qlora_trainer.prepared import open_prepared, prepare
 from qlora_trainer.quantization import load_for_training
-from qlora_trainer.ranks import ALONE, mesh_of, whole
+from qlora_trainer.ranks import ALONE, Ranks, mesh_of, whole
 from qlora_trainer.sharding import load_sharded, shares_of
 from qlora_trainer.training import train
 from qlora_trainer.weights import read_weights
@@ -290,6 +292,43 @@ def test_weights_can_wait_in_host_memory(place: Place) -> None:
     code, output, _ = ended(place, started(place, offloaded))
     assert code == 0, output
     assert losses(place) == pytest.approx(expected, rel=1e-4)
+
+
+def answer_as_one_of(ranks: int, rank: int, directory: Path, answer: Callable[[Ranks], list[str]]) -> None:
+    """What a forked rank does: answers with the others, and leaves what it got and how often it asked the model."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), ranks), rank=rank, world_size=ranks)
+    (directory / f"{rank}.json").write_text(json.dumps(answer(Ranks(rank, ranks))))
+    dist.destroy_process_group()
+
+
+def test_ranks_that_have_the_model_whole_share_the_questions(place: Place) -> None:
+    """70 questions of different lengths are three batches: one rank answers two of them, and both know all answers."""
+    base = open_base(place.claims / "base" / "model", "x")
+    model = AutoModelForCausalLM.from_pretrained(base.directory).eval()
+    asked = [Example("messages", chat(f"{'again and ' * (number % 7)} {number}?", "bird")) for number in range(70)]
+
+    def answered(ranks: Ranks, made: list[int]) -> list[str]:
+        return answers_to(model, base.tokenizer, asked, alive=lambda: made.append(1), ranks=ranks)
+
+    batches: list[int] = []
+    alone = answered(ALONE, batches)
+    assert len(batches) == 3
+    assert len(set(alone)) > 5, "or the order of the answers would not show"
+
+    def counted(ranks: Ranks) -> list[str]:
+        made: list[int] = []
+        return [*answered(ranks, made), str(len(made))]
+
+    forked = multiprocessing.get_context("fork")
+    several = [forked.Process(target=answer_as_one_of, args=(2, rank, place.root, counted)) for rank in range(2)]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join(300)
+        assert process.exitcode == 0
+    found = [json.loads((place.root / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == [[*alone, "2"], [*alone, "1"]]
 
 
 # --- the loader ---
