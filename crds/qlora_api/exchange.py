@@ -234,7 +234,7 @@ class Recipe(Document):
     """Everything that decides what is learned, resolved: what the spec leaves open is decided here."""
 
     method: Literal["qlora", "lora"] = Field(description="Whether the frozen base is in 4 bits.")
-    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit type of the base, under qlora.")
+    quant_type: Literal["nf4", "fp4", "hqq"] = Field(default="nf4", description="4-bit type of the base, under qlora.")
     double_quant: bool = Field(default=True, description="Whether scale factors are quantised too, under qlora.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="Type of the matrix products."
@@ -276,6 +276,11 @@ class Recipe(Document):
     def steps_per_epoch(self, sequences: int) -> int:
         """Optimizer steps that see each of `sequences` once; the last batch may be short."""
         return -(-sequences // self.effective_batch_size)
+
+    @property
+    def half_quadratic(self) -> bool:
+        """Whether the base is held by HQQ."""
+        return self.method == "qlora" and self.quant_type == "hqq"
 
     def steps(self, sequences: int) -> int:
         """Optimizer steps of the whole training. Raises ValueError when neither epochs nor max_steps is said."""

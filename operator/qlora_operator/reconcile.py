@@ -64,6 +64,7 @@ class Reconciler:
             amd_image=settings.amd_trainer_image is not None,
             mirror="HF_ENDPOINT" in settings.stage_env,
             stage_memory_bytes=settings.cpu_stages.memory_bytes,
+            back_ends=frozenset(settings.back_ends),
         )
         self._waiting = waiting
         self._metrics = metrics or Metrics()

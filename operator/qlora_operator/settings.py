@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from qlora_api.v1alpha1 import JobSpec, quantity_bytes
+from qlora_api.v1alpha1 import BackEnd, JobSpec, quantity_bytes
 
 DEFAULT_PATH = "/etc/qlora-operator/config.yaml"
 
@@ -38,6 +38,9 @@ class Settings(_Strict):
     trainer_image: str = Field(description="The image that every stage runs, by digest or tag.")
     amd_trainer_image: str | None = Field(
         default=None, description="The image that trains on AMD's GPUs; absent: no training is placed there."
+    )
+    back_ends: list[BackEnd] = Field(
+        default_factory=list, description="Optional packages that the trainer images were built with."
     )
     gpu_prices: dict[str, float] = Field(
         default_factory=dict,

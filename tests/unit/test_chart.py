@@ -482,8 +482,8 @@ def test_every_setting_of_the_operator_is_a_value_of_the_chart():
         "reportPort": 9443,
     }
     rocm = "registry.example.com/trainer:rocm"
-    written = settings(every | {"fullnameOverride": "ours", "trainer": {"amdImage": rocm}})
-    named = {"lease": "ours", "reportService": "ours-reports", "amdTrainerImage": rocm}
+    written = settings(every | {"fullnameOverride": "ours", "trainer": {"amdImage": rocm, "backEnds": ["hqq"]}})
+    named = {"lease": "ours", "reportService": "ours-reports", "amdTrainerImage": rocm, "backEnds": ["hqq"]}
     assert written == {"trainerImage": written["trainerImage"], **named, **every}
     assert set(written) == {field.alias for field in Settings.model_fields.values()}
     read = Settings.model_validate(written)

@@ -114,7 +114,9 @@ Timestamp = Annotated[
 DataFormat = Literal["messages", "prompt-completion", "instruction", "sharegpt", "text"]
 Loss = Literal["assistant", "completion", "all"]
 Method = Literal["qlora", "lora"]
-QuantType = Literal["nf4", "fp4"]
+QuantType = Literal["nf4", "fp4", "hqq"]
+#: What the trainer's image has only where it was built with it.
+BackEnd = Literal["hqq"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 AdapterInit = Literal["default", "gaussian", "loftq"]
 Schedule = Literal["cosine", "linear", "constant"]

@@ -167,9 +167,15 @@ class Dataset(SpecPart):
 class Quantization(SpecPart):
     """How the frozen base is held in memory under QLoRA."""
 
-    type: QuantType = Field(default="nf4", description="4-bit type of the frozen weights.")
+    type: QuantType = Field(
+        default="nf4",
+        description="4-bit type of the frozen weights. hqq (half-quadratic quantisation) needs a trainer image that "
+        "has the package, GPUs do not share its weights, and it is for plain LoRA on models without experts.",
+    )
     double_quant: Flag = Field(
-        default=True, description="Quantise the scale factors too: 0.4 bit less per weight, at no measurable loss."
+        default=True,
+        description="Quantise the scale factors too: 0.4 bit less per weight, at no measurable loss. Means nothing to "
+        "hqq, which has a scale and a zero point in the compute type for every 64 weights.",
     )
     compute_dtype: ComputeDtype | None = Field(
         default=None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from pydantic import Field, ValidationError
 
-from qlora_api.v1alpha1 import problems
+from qlora_api.v1alpha1 import BackEnd, problems
 from qlora_api.v1alpha1.fields import Document
 from qlora_api.v1alpha1.spec import Toleration
 from qlora_operator.commands.documents import one_document
@@ -12,13 +14,14 @@ from qlora_operator.commands.refusals import BadInput
 from qlora_operator.planner import Installation
 
 #: Where nothing is said of the installation, nothing is refused for its sake.
-UNKNOWN = Installation(amd_image=True, mirror=True)
+UNKNOWN = Installation(amd_image=True, mirror=True, back_ends=frozenset(get_args(BackEnd)))
 
 
 class Trainer(Document):
     """Of the trainer's values, those that a plan depends on."""
 
     amd_image: str = ""
+    back_ends: tuple[BackEnd, ...] = ()
 
 
 class Values(Document):
@@ -46,4 +49,5 @@ def installation_of(path: str | None) -> Installation:
         prices=values.gpu_prices,
         amd_image=bool(values.trainer.amd_image),
         mirror="HF_ENDPOINT" in values.stage_env,
+        back_ends=frozenset(values.trainer.back_ends),
     )

@@ -333,6 +333,8 @@ class _Search:
         """Why GPUs cannot share the model."""
         if self._shape.experts:
             return "models with experts are not shared between GPUs"
+        if recipe.half_quadratic:
+            return "with quantization.type hqq GPUs do not share the model"
         if _reads_whole_weights(recipe):
             return f"with {'lora.dora' if recipe.dora else 'lora.init loftq'} GPUs cannot share the model"
         return f"weights that GPUs share the optimizer {recipe.optimizer} cannot step"
@@ -401,7 +403,7 @@ class _Search:
 
 
 def _reads_whole_weights(recipe: Recipe) -> bool:
-    return recipe.dora or recipe.init == "loftq"
+    return recipe.dora or recipe.init == "loftq" or recipe.half_quadratic
 
 
 def _as_sold(flavour: Flavour) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from qlora_api.exchange import Recipe
-from qlora_api.v1alpha1 import JobSpec
+from qlora_api.v1alpha1 import BackEnd, JobSpec
 from qlora_operator.placement.choice import Placed, Wishes
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
 from qlora_operator.planner.recipe import CPU, Unfit
@@ -35,6 +35,8 @@ class Installation:
     mirror: bool = False
     #: What the stages that take no GPU ask for of a node's memory; 0: nothing.
     stage_memory_bytes: int = 0
+    #: Optional packages that its trainer images were built with.
+    back_ends: Set[BackEnd] = frozenset()
 
 
 def wishes(spec: JobSpec, prices: Mapping[str, float] | None = None) -> Wishes:
@@ -67,6 +69,8 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
             "set HF_ENDPOINT in the chart's stageEnv, or give the place of a copy (pvc://, s3://)",
             final=True,
         )
+    if spec.quantization.type == "hqq" and spec.method != "lora" and (refusal := _without_hqq(spec, installation)):
+        return refusal
     if hardware.accelerator == CPU:
         return None
     if hardware.allocation == "dra" and hardware.accelerator == "amd":
@@ -97,6 +101,29 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
             "BatchNotDivisible",
             f"spec.training.effectiveBatchSize: {effective} sequences cannot be shared by {gpus} GPUs in "
             f"micro-batches of {size}; make it a multiple of {gpus * size}",
+            final=True,
+        )
+    return None
+
+
+def _without_hqq(spec: JobSpec, installation: Installation) -> Unfit | None:
+    """Why the base cannot be held by HQQ. What an image of the job's own has is not known here: its trainer says it."""
+    if "hqq" not in installation.back_ends and not spec.pod_template.image:
+        return Unfit(
+            "NotInTheImage",
+            "spec.quantization.type: hqq needs a trainer image that was built with it (--build-arg HQQ=hqq==…) and is "
+            "said to be (the chart's value trainer.backEnds); use nf4, or name such an image in spec.podTemplate.image",
+            final=True,
+        )
+    asks = {
+        "lora.dora": spec.lora.dora,
+        "lora.init: loftq": spec.lora.init == "loftq",
+        "training.offload: parameters": spec.training.offload == "parameters",
+    }
+    if other := next((field for field, asked in asks.items() if asked), None):
+        return Unfit(
+            "NotWithHqq",
+            f"spec.quantization.type: hqq does not go together with {other}; use nf4, or leave that out",
             final=True,
         )
     return None

@@ -13,6 +13,8 @@ from qlora_operator.sizing.training import adapted_by_default, attention_by_defa
 
 DEFAULT_EPOCHS = 3.0
 CPU = "cpu"
+#: HQQ packs the weights of two groups of 64 into the same bytes (hqq 0.2.8, BitPack.pack_4bit_u8).
+HQQ_PAIR = 128
 #: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded.
 ONE_GPU_OPTIMIZERS = frozenset({"paged_adamw_8bit", "adamw_8bit"})
 #: Attention kernels that a CPU can train with: torch has no backward of flex_attention there (measured, torch 2.15).
@@ -51,6 +53,8 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             f"spec.dataset.maxLength: {max_length} tokens, the model takes {shape.max_position}",
             final=True,
         )
+    if spec.quantization.type == "hqq" and spec.method != "lora" and (reason := _not_in_hqq(shape)):
+        return Unfit("NotWithHqq", f"spec.quantization.type: hqq cannot hold {reason}; use nf4", final=True)
     usual = attention_by_default(shape)
     attention = spec.training.attention or usual
     if attention == "sdpa" != usual:
@@ -77,7 +81,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
         Recipe(
             method=method,
             quant_type=spec.quantization.type,
-            double_quant=spec.quantization.double_quant,
+            double_quant=spec.quantization.double_quant and spec.quantization.type != "hqq",
             # CPUs without AMX emulate bfloat16: fp32 is several times faster there and exact.
             compute_dtype=spec.quantization.compute_dtype or ("float32" if on_cpu else "bfloat16"),
             rank=spec.lora.rank,
@@ -110,6 +114,14 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
     ]
 
 
+def _not_in_hqq(shape: ModelShape) -> str | None:
+    """Which weights of the model HQQ cannot hold."""
+    if shape.experts:
+        return "routed experts, which are one tensor for all of a layer"
+    odd = next((m for m in shape.linear if m.in_features * m.out_features % HQQ_PAIR), None)
+    return odd and f"{odd.name} ({odd.in_features} × {odd.out_features} weights), which is no multiple of {HQQ_PAIR}"
+
+
 def open_recipes(spec: JobSpec, inspection: Inspection, keep: Recipe | None) -> list[Recipe] | Unfit:
     """The recipes for one GPU: that of a training that has begun alone, its tensors where the spec wants them."""
     if keep:
@@ -125,10 +137,11 @@ def by_gpus(found: Sequence[Recipe], spec: JobSpec, keep: Recipe | None) -> Reci
 
 def sharded(found: Sequence[Recipe], optimizer: str | None) -> list[Recipe]:
     """The recipes for GPUs that share a model, with the `optimizer` that is set, if one is; none where it cannot, nor
-    where the adapter starts from whole weights, which no GPU then has."""
+    where the adapter starts from whole weights, which no GPU then has; those of HQQ are not shared."""
     if optimizer in ONE_GPU_OPTIMIZERS or any(recipe.dora or recipe.init == "loftq" for recipe in found):
         return []
-    return [recipe.model_copy(update={"optimizer": optimizer or SHARED_OPTIMIZER}) for recipe in found]
+    update = {"optimizer": optimizer or SHARED_OPTIMIZER}
+    return [recipe.model_copy(update=update) for recipe in found if not recipe.half_quadratic]
 
 
 def _whereabouts(spec: JobSpec) -> dict[str, Any]:

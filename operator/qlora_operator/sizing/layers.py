@@ -36,8 +36,13 @@ class Layers:
         if training.method == "qlora" or training.autocast:
             x = self.cast(tape, x, compute, purpose)
         unpacked = linear.weights * compute if training.method == "qlora" else 0
-        into = Into(x.key, tokens * linear.inputs * x.itemsize, scratch=(unpacked,) if unpacked else ())
-        out = tape.op(purpose, tokens * linear.outputs, x.itemsize, [into], scratch=unpacked)
+        size, out_size = (tokens * width * x.itemsize for width in (linear.inputs, linear.outputs))
+        # HQQ has codes, codes less zero point and their multiple in hand before the product; and it keeps its input
+        before, out_before = (max(0, 2 * unpacked - made) * training.half_quadratic for made in (size, out_size))
+        scratch = tuple(part for part in (unpacked, before) if part)
+        into = Into(x.key, size, scratch=scratch)
+        saves = [x] if training.half_quadratic else []
+        out = tape.op(purpose, tokens * linear.outputs, x.itemsize, [into], scratch=unpacked + out_before, saves=saves)
         if training.method == "qlora":
             out = self.cast(tape, out, incoming, purpose)
         return out
@@ -49,7 +54,8 @@ class Layers:
         if linear.name not in training.adapted:
             return result
         tokens, itemsize = training.tokens, result.itemsize
-        if training.method == "qlora":  # PEFT copies the result before it adds to it
+        bitsandbytes = training.method == "qlora" and not training.half_quadratic
+        if bitsandbytes:  # PEFT copies the result before it adds to it
             result = tape.op(purpose, result.elements, itemsize, [Into(result.key, None)])
         if not training.autocast:
             x = self.cast(tape, x, training.adapter_bytes, purpose)
@@ -73,7 +79,7 @@ class Layers:
         del down
         scaled = tape.op(purpose, up.elements, size, [Into(up.key, up.elements * size)])
         del up
-        if not training.autocast and training.method == "qlora":
+        if not training.autocast and bitsandbytes:
             scaled = self.cast(tape, scaled, itemsize, purpose)
         total = self._added(tape, result, scaled, purpose)
         del result, scaled

@@ -126,6 +126,7 @@ def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int, gpus: 
         adapted=frozenset(recipe.target_modules),
         dropout=recipe.dropout > 0,
         dora=recipe.dora,
+        half_quadratic=recipe.half_quadratic,
         makes_good=recipe.init == "loftq",
         max_length=recipe.max_length,
         micro_batch_size=micro_batch_size,
@@ -162,6 +163,8 @@ def walked(training: Training) -> dict[str, Peak]:
     peaks: dict[str, Peak] = {}
     if training.makes_good:
         peaks["adapter's start"] = rank.start()
+    if training.half_quadratic:
+        peaks["quantisation"] = rank.solve()
     rank.make_optimizer_state()
     rank.step(peaks)
     return peaks

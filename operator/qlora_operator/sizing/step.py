@@ -19,6 +19,9 @@ TILE_ROWS, TILE_COLUMNS = 4096, 32768
 #: Activation checkpoints on the GPU while the others wait in host memory: one is used, one is on its way.
 IN_FLIGHT = 2
 
+#: Tensors of a weight's shape in fp32 that HQQ's solver has in hand at once beside the weight (hqq 0.2.8).
+SOLVER_TERMS = 7
+
 WEIGHTS = "base weights"
 EXPERTS = "experts, not in 4 bits"
 SCALES = "quantisation scales"
@@ -127,11 +130,29 @@ class Rank:
 
         One fp32 per 64 weights (0.0625 B/weight); double quantisation stores them as 8-bit with one fp32 per 256 of
         them (0.0159 B/weight). QLoRA, Dettmers et al. 2023, section 3. The table of the 16 values is the third.
+        HQQ has a scale and a zero point per 64 weights, both in the compute type (0.0625 B/weight in 16 bits).
         """
         blocks = -(-linear.weights // 64)
+        if self.training.half_quadratic:
+            return (self.training.compute_bytes * blocks,) * 2
         if self.training.double_quant:
             return blocks, 4 * -(-blocks // 256), 64
         return 4 * blocks, 64
+
+    def solve(self) -> Peak:
+        """The most that is held while HQQ quantises the largest layer, counted as if it were the last to be loaded.
+
+        The weight as it was read; in fp32 itself, its codes, what they stand for, what is left, and four terms of that.
+        """
+        decoder = self.training.decoder
+        largest = max((linear.weights for linear in (*decoder.linears, *decoder.unlike)), default=0)
+        self.trace.watch_from_here()
+        held = [self.trace.new(self.training.compute_bytes * largest, LOADING)]
+        terms = SOLVER_TERMS + (self.training.compute_bytes != 4)
+        held += [self.trace.new(4 * largest, LOADING) for _ in range(terms)]
+        peak = Peak(self.trace.peak_bytes, self.trace.at_peak)
+        del held
+        return peak
 
     def start(self) -> Peak:
         """The most that is held while LoftQ makes good layer after layer, of which the largest is walked.

@@ -259,6 +259,8 @@ class Training:
     adapter_bytes: int = 4
     #: Magnitudes are learned apart from directions (DoRA).
     dora: bool = False
+    #: The 4 bits are HQQ's, which torch alone dequantises; else bitsandbytes'.
+    half_quadratic: bool = False
     #: The adapter starts as what quantisation takes away (LoftQ).
     makes_good: bool = False
     #: Norms and embeddings in fp32 under qlora, and the residual stream with them (PEFT's k-bit preparation).

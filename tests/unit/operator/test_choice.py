@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
 
-from qlora_api.exchange import Recipe
+from qlora_api.exchange import LinearModule, Recipe
 from qlora_api.v1alpha1 import Plan
 from qlora_operator import planner
 from qlora_operator.placement.choice import Layout, Wishes, layouts, micro_batches, with_headroom
@@ -269,6 +269,66 @@ CONTRADICTIONS: list[Any] = [
 @pytest.mark.parametrize(("edits", "reason", "message"), CONTRADICTIONS)
 def test_settings_that_contradict_one_another_are_refused_for_good(edits: Raw, reason: str, message: str) -> None:
     assert made("llama-3.1-8b", 1024, edits, CLUSTER) == Unfit(reason, message, final=True)
+
+
+HQQ: Raw = {"quantization.type": "hqq", "method": "qlora"}
+WITH_HQQ = Installation(back_ends=frozenset({"hqq"}))
+
+
+def test_hqq_is_refused_where_the_image_is_not_said_to_have_it() -> None:
+    refusal = Unfit(
+        "NotInTheImage",
+        "spec.quantization.type: hqq needs a trainer image that was built with it (--build-arg HQQ=hqq==…) and is said "
+        "to be (the chart's value trainer.backEnds); use nf4, or name such an image in spec.podTemplate.image",
+        final=True,
+    )
+    assert made("llama-3.1-8b", 1024, HQQ, CLUSTER) == refusal
+    assert made("llama-3.1-8b", 1024, HQQ | {"hardware.accelerator": "cpu"}, CLUSTER) == refusal
+    assert planned("llama-3.1-8b", 1024, HQQ, CLUSTER, installation=WITH_HQQ).recipe.half_quadratic
+    assert planned("llama-3.1-8b", 1024, HQQ | {"podTemplate.image": "r/own:1"}, CLUSTER).recipe.half_quadratic
+    assert not planned("llama-3.1-8b", 1024, HQQ | {"method": "lora"}, CLUSTER).recipe.half_quadratic
+
+
+@pytest.mark.parametrize(
+    ("edits", "says"),
+    [
+        ({"lora.dora": True}, "does not go together with lora.dora; use nf4, or leave that out"),
+        ({"lora.init": "loftq"}, "does not go together with lora.init: loftq; use nf4, or leave that out"),
+        ({"training.offload": "parameters"}, "does not go together with training.offload: parameters; use nf4, or"),
+    ],
+)
+def test_hqq_is_for_plain_lora(edits: Raw, says: str) -> None:
+    refusal = made("llama-3.1-8b", 1024, HQQ | edits, CLUSTER, installation=WITH_HQQ)
+    assert isinstance(refusal, Unfit)
+    assert (refusal.reason, refusal.final) == ("NotWithHqq", True)
+    assert refusal.message.startswith(f"spec.quantization.type: hqq {says}")
+
+
+def test_hqq_is_refused_for_weights_that_it_cannot_hold() -> None:
+    refusal = made("mixtral-8x7b-v0.1", 1024, HQQ, CLUSTER, installation=WITH_HQQ)
+    assert refusal == Unfit(
+        "NotWithHqq",
+        "spec.quantization.type: hqq cannot hold routed experts, which are one tensor for all of a layer; use nf4",
+        final=True,
+    )
+    known = shape_of_model("llama-3.1-8b")
+    odd = known.model_copy(
+        update={"linear": [*known.linear, LinearModule(name="odd", in_features=65, out_features=64, count=1)]}
+    )
+    refusal = planner.recipes(given.job(HQQ).spec, odd, max_length=512, loss="assistant")
+    assert isinstance(refusal, Unfit)
+    assert refusal.message.startswith("spec.quantization.type: hqq cannot hold odd (65 × 64 weights), which is no mul")
+
+
+def test_gpus_do_not_share_a_base_in_hqq() -> None:
+    """Each may have it whole."""
+    alone = planned("llama-3.1-8b", 1024, HQQ | {"hardware.gpus": 2}, CLUSTER, installation=WITH_HQQ)
+    assert (alone.gpus, alone.sharded) == (2, False)
+    refusal = made("llama-3.1-405b", 1024, HQQ | {"hardware.maxGPUs": 16}, CLUSTER, installation=WITH_HQQ)
+    assert isinstance(refusal, Unfit)
+    asked = made("llama-3.1-405b", 1024, HQQ | {"hardware.gpus": 8}, CLUSTER, installation=WITH_HQQ)
+    assert isinstance(asked, Unfit)
+    assert "with quantization.type hqq GPUs do not share the model" in asked.message
 
 
 def test_offline_with_a_judge_in_the_cluster_is_no_contradiction() -> None:

@@ -340,6 +340,13 @@ def test_what_the_operator_was_installed_with_opens_nodes(tmp_path: Path, capsys
         pytest.param(
             {"hardware.accelerator": "amd"}, "MI300X:8", {"trainer": {"amdImage": "r/t:v1"}}, "NoTrainerImage", id="amd"
         ),
+        pytest.param(
+            {"quantization.type": "hqq", "method": "qlora"},
+            "L40S",
+            {"trainer": {"backEnds": ["hqq"]}},
+            "NotInTheImage",
+            id="hqq",
+        ),
         pytest.param({}, "A40,L40S", {"gpuPrices": {"NVIDIA-L40S": 1.0, "NVIDIA-A40": 2.0}}, "NVIDIA-A40", id="prices"),
     ],
 )

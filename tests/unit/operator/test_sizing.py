@@ -155,6 +155,30 @@ def test_scale_factors_cost_what_the_paper_says(double_quant: bool, bits: float)
     assert sum(scales) * 8 / linear.weights == pytest.approx(bits, abs=0.001)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 0.5), ("float32", 1)])
+def test_hqq_has_a_scale_and_a_zero_point_for_every_64_weights(dtype: str, bits: float) -> None:
+    recipe = given.recipe(quant_type="hqq", compute_dtype=dtype)
+    training = our_training(decoder_of(SHAPES["meta-llama/Llama-2-7b-hf"]), recipe, 1)
+    linear = training.decoder.linears[0]
+    scale, zero = Rank(training, Trace()).scale_bytes(linear)
+    assert scale == zero
+    assert (scale + zero) * 8 / linear.weights == bits
+
+
+def test_hqq_takes_more_than_nf4() -> None:
+    """Its scales, a weight three times over where NF4 has it once, and while it is loaded the solver's terms."""
+    shape = SHAPES["meta-llama/Llama-2-7b-hf"]
+    short, long = ({"max_length": length, "effective_batch_size": 4} for length in (128, 4096))
+    for recipe in (short, long):
+        nf4, hqq = (
+            training_memory(shape, given.recipe(quant_type=kind, **recipe), micro_batch_size=1)
+            for kind in ("nf4", "hqq")
+        )
+        assert hqq.total_bytes > nf4.total_bytes + 0.046 * shape.parameters
+        solving = {item.name: item.bytes for item in hqq.items}.get("loading", 0)
+        assert solving == (11008 * 4096 * (2 + 8 * 4) if recipe is short else 0)
+
+
 def test_adapter_weights_of_llama_2_7b() -> None:
     """4·4096·2·r per attention block and 3·(4096 + 11008)·r per MLP, 32 layers: 40.0 million at rank 16."""
     shape = SHAPES["meta-llama/Llama-2-7b-hf"]
