@@ -40,14 +40,18 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNB
 # each, which no lock can name: give what pip is to install. flex_attention compiles its kernels where it runs.
 #   --build-arg FLASH_ATTENTION="einops https://…/flash_attn-….whl"
 #   --build-arg COMPILER="gcc libc6-dev"
+# Jobs may ask for quantization.type hqq where it is there (then say so in the chart's trainer.backEnds); pip builds it,
+# for it comes as source, and what else it names is in the lock already.
+#   --build-arg HQQ="hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0"
 FROM trainer-dependencies AS trainer-kernels
 ARG FLASH_ATTENTION=
 ARG COMPILER=
+ARG HQQ=
 RUN --mount=type=secret,id=pip.conf,target=/run/pip.conf --mount=type=secret,id=ca.pem,target=/run/ca.pem \
     export PIP_CONFIG_FILE=/run/pip.conf \
-    && if [ -n "$FLASH_ATTENTION" ]; then \
+    && if [ -n "$FLASH_ATTENTION$HQQ" ]; then \
         python3 -m venv /tmp/installer \
-        && /tmp/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-deps $FLASH_ATTENTION \
+        && /tmp/installer/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-deps $FLASH_ATTENTION $HQQ \
         && rm -rf /tmp/installer; \
     fi \
     && if [ -n "$COMPILER" ]; then \

@@ -33,6 +33,7 @@ class Case:
     gradient_checkpointing: bool = True
     fused_loss: bool = False
     dora: bool = False
+    quant_type: Literal["nf4", "hqq"] = "nf4"
     dropout: float = 0.05
     #: So many of its layers only.
     layers: int | None = None
@@ -52,6 +53,7 @@ class Case:
             alpha=32,
             dropout=self.dropout,
             dora=self.dora,
+            quant_type=self.quant_type,
             target_modules=[module.name for module in shape_of_config(self.config).linear],
             max_length=self.max_length,
             packing=True,
@@ -76,6 +78,8 @@ class Case:
             parts.append("no checkpointing")
         if self.fused_loss:
             parts.append("fused loss")
+        if self.quant_type != "nf4":
+            parts.append(self.quant_type)
         if self.dora:
             parts.append("DoRA" if self.dropout else "DoRA without dropout")
         return ", ".join(parts)
@@ -124,6 +128,13 @@ CASES = (
     Case("meta-llama/Llama-2-70b-hf", "lora", 8, 2, 2048),
     Case("meta-llama/Llama-3.1-70B", "qlora", 8, 1, 8192),
     Case("meta-llama/Llama-3.1-405B", "qlora", 16, 1, 4096),
+)
+#: Where the package hqq is installed.
+HALF_QUADRATIC = (
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 2, 1024, quant_type="hqq", layers=5),
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 1, 256, quant_type="hqq", gradient_checkpointing=False, layers=5),
+    Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 2048, quant_type="hqq", layers=3),
+    Case("Qwen/Qwen2.5-7B-Instruct", "qlora", 1, 2, 1024, quant_type="hqq", layers=3),
 )
 #: Seconds, not minutes: for every run of the tests.
 SMALL = (

@@ -27,6 +27,7 @@ from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.model import block_linears
 from qlora_trainer.optimization import make_optimizer
 from qlora_trainer.sequences import Batch
+from tests.oracle.half_quadratic import fill, hollow
 from tests.oracle.kernels import KERNELS, as_on_a_gpu
 from tests.oracle.ledger import Ledger
 from tests.oracle.sharding import STORAGE, like, mesh_of, sharded
@@ -86,7 +87,9 @@ def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fu
     if recipe.method == "qlora":
         for name, linear in block_linears(model).items():
             owner, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(owner), own_name, quantised(linear, recipe, storage))
+            half_quadratic = recipe.quant_type == "hqq"
+            layer = hollow(linear, recipe) if half_quadratic else quantised(linear, recipe, storage)
+            setattr(model.get_submodule(owner), own_name, layer)
         model.is_loaded_in_4bit = True
     if fused_loss:
         add_fused_lm_head(model)
@@ -104,6 +107,7 @@ def materialised(model: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}
     old: list[nn.Parameter] = []  # kept, so that no id is used twice
     for module in model.modules():
+        fill(module)
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue

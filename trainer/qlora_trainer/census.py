@@ -61,7 +61,7 @@ def census(model: Any, base: BaseModel, recipe: Recipe, device: torch.device) ->
         kept |= {*(model._keep_in_fp32_modules or ())}
     found = [
         Held(
-            name.replace(".base_layer.", "."),
+            _name_in_the_base(name),
             str(parameter.dtype).removeprefix("torch."),
             parameter.device.type,
             parameter.numel(),
@@ -73,6 +73,12 @@ def census(model: Any, base: BaseModel, recipe: Recipe, device: torch.device) ->
     place = "cpu" if recipe.offload == "parameters" else device.type
     compare(found, Expected(weights, frozenset(in_4_bits), recipe.compute_dtype, place, frozenset(kept)), base.uri)
     log.info("loaded %s", described(found, in_4_bits))
+
+
+def _name_in_the_base(name: str) -> str:
+    """As config.json's model has it: PEFT wraps the layers that it adapts, and HQQ's call their weight otherwise."""
+    owner, _, own_name = name.replace(".base_layer.", ".").rpartition(".")
+    return f"{owner}.weight" if own_name == "W_q" else f"{owner}.{own_name}"
 
 
 def compare(found: Iterable[Held], expected: Expected, uri: str) -> None:

@@ -17,6 +17,8 @@ from qlora_trainer.quantization import BLOCK_SIZE
 
 #: Attention kernels that are packages of their own.
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+#: 4-bit types that are packages of their own, of the same names.
+BACK_ENDS = ("hqq",)
 #: Kernels that write their own code, for which Triton wants a C compiler.
 COMPILED = ("flex_attention",)
 
@@ -42,7 +44,7 @@ def equipment(device: torch.device) -> Equipment:
         name=torch.cuda.get_device_name(device) if gpu else "the CPU",
         bfloat16=not gpu or torch.cuda.is_bf16_supported(including_emulation=False),
         bitsandbytes_fault=bitsandbytes_fault() if gpu else None,
-        packages=frozenset(package for package in PACKAGES.values() if find_spec(package)),
+        packages=frozenset(package for package in (*PACKAGES.values(), *BACK_ENDS) if find_spec(package)),
         compiler=any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))),
     )
 
@@ -60,7 +62,10 @@ def bitsandbytes_fault() -> str | None:
 def require_fit(recipe: Recipe, has: Equipment) -> None:
     """Raises EnvironmentUnfit where another node may do, BadInput where none with this image can."""
     _require_attention(recipe, has)
-    bitsandbytes = recipe.method == "qlora" or "8bit" in recipe.optimizer or recipe.optimizer.startswith("paged")
+    if recipe.half_quadratic and recipe.quant_type not in has.packages:
+        raise lacks(recipe.quant_type)
+    four_bits = recipe.method == "qlora" and not recipe.half_quadratic
+    bitsandbytes = four_bits or "8bit" in recipe.optimizer or recipe.optimizer.startswith("paged")
     if bitsandbytes and has.bitsandbytes_fault:
         toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         raise EnvironmentUnfit(
@@ -72,6 +77,14 @@ def require_fit(recipe: Recipe, has: Equipment) -> None:
             f"the recipe computes in bfloat16 and {has.name} has none: leave quantization.computeDtype out, "
             "or set it to float16"
         )
+
+
+def lacks(package: str) -> EnvironmentUnfit:
+    """That this image has not the `package` that a base is held by. Another node may have the image that was meant."""
+    return EnvironmentUnfit(
+        f"quantization.type: {package} needs the package {package}, which this pod's image does not have: build the "
+        f"trainer image with --build-arg {package.upper()}=…, or use nf4"
+    )
 
 
 def _require_attention(recipe: Recipe, has: Equipment) -> None:

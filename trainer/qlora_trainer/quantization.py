@@ -1,4 +1,4 @@
-"""4-bit bases: how a model is loaded in NF4 or FP4, and what is left of a weight after that."""
+"""4-bit bases: how a model is loaded in NF4, FP4 or HQQ, and what is left of a weight after that."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # the merge does without transformers
 
     from qlora_trainer.experts import PACKED, PackedExpertsConfig
+    from qlora_trainer.half_quadratic import by_hqq
 
     dtype = getattr(torch, recipe.compute_dtype)
     packs = recipe.method == "qlora" and base.shape.experts_quantized
     quantization = None
-    if recipe.method == "qlora":
+    if recipe.half_quadratic:
+        quantization = by_hqq()
+    elif recipe.method == "qlora":
         quantization = (PackedExpertsConfig if packs else BitsAndBytesConfig)(
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.quant_type,
@@ -71,8 +74,13 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
 
 def quantized_modules(model: Any) -> list[str]:
     """Names of the layers that are held in 4 bits, as the base has them (PEFT wraps those that it adapts)."""
-    found = (name for name, module in model.named_modules() if isinstance(module, bnb_modules.Linear4bit))
+    found = (name for name, module in model.named_modules() if _is_in_4_bits(module))
     return sorted(name.removesuffix(".base_layer") for name in found)
+
+
+def _is_in_4_bits(module: torch.nn.Module) -> bool:
+    half_quadratic = type(module).__module__ == "hqq.core.quantize"  # asked without the package
+    return half_quadratic or isinstance(module, bnb_modules.Linear4bit)
 
 
 def stored_pattern(name: str) -> str:
@@ -86,6 +94,10 @@ def dequantised(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     The training loads weights in the compute type and quantises those; so does this.
     """
     loaded = weight.to(getattr(torch, recipe.compute_dtype))
+    if recipe.quant_type == "hqq":
+        from qlora_trainer.half_quadratic import round_trip
+
+        return round_trip(loaded).float()
     # bitsandbytes 0.50.2 takes wrong scales on the CPU where blocks do not end with rows (by up to 9 times the error of
     # NF4 itself, measured), but not on GPUs: a row per block gives what a GPU trained on
     rows = loaded.reshape(-1, BLOCK_SIZE) if loaded.numel() % BLOCK_SIZE == 0 else loaded

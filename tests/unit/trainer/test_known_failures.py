@@ -57,6 +57,11 @@ UNFIT: list[Any] = [
         id="FlashAttention that is not there",
     ),
     pytest.param(
+        {"quant_type": "hqq"}, H100, EnvironmentUnfit,
+        "quantization.type: hqq needs the package hqq, which this pod's image does not have: build the trainer image",
+        id="HQQ that is not there",
+    ),
+    pytest.param(
         {"attention": "flash_attention_3", **BF16}, replace(H100, packages=frozenset({"flash_attn"})), BadInput,
         "needs the package flash_attn_interface", id="the other FlashAttention",
     ),
