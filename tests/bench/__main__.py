@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable
 from typing import Any
 
 from tests.bench import figures, measures, placement
@@ -36,9 +33,11 @@ def main() -> int:
     kept = PLACE / "operator.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not arguments.dry else {}
     for measure in wanted:
-        setting = surroundings(cluster, is_shared=arguments.shared)
+        setting = figures.setting(
+            command(measure, arguments), *([version_of(cluster)] if cluster else []), is_shared=arguments.shared
+        )
         measured = MEASURES[measure](cluster, arguments) if cluster and measure in MEASURES else ALONE[measure]()
-        results[measure] = figures.result(measured, {"command": command(measure, arguments), **setting})
+        results[measure] = figures.result(measured, setting)
         print(figures.table({measure: results[measure]}), flush=True)
         for name, count in measured.requests_per_job.items():
             print(f"  {figures.told(count):>6} × {name}")
@@ -61,22 +60,9 @@ def command(measure: str, arguments: argparse.Namespace) -> str:
     return " ".join(["python -m tests.bench", measure, *(f"{o} {getattr(arguments, o[2:])}" for o in sizes)])
 
 
-def surroundings(cluster: Cluster | None, *, is_shared: bool) -> Mapping[str, str]:
-    """When and on what the figures are taken."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    parts = [f"{os.cpu_count()} cores", f"{memory:.0f} GiB", system]
-    if cluster:
-        version = json.loads(cluster.kubectl("version", "--output=json"))
-        parts.append(f"Kubernetes {version['serverVersion']['gitVersion']}")
-    parts.append(f"Python {sys.version.split()[0]}")
-    if is_shared:
-        parts.append("shared with other work")
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "machine": ", ".join(parts),
-        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()[:2]),
-    }
+def version_of(cluster: Cluster) -> str:
+    """Of the API server."""
+    return f"Kubernetes {json.loads(cluster.kubectl('version', '--output=json'))['serverVersion']['gitVersion']}"
 
 
 def _alone(measure: Callable[..., Measured], *sizes: str) -> Callable[[Cluster, argparse.Namespace], Measured]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 
@@ -106,14 +109,41 @@ def table(results: Results, meaning: Mapping[str, str] | None = None) -> str:
     )
 
 
+def setting(command: str, *others: str, is_shared: bool = False) -> dict[str, str]:
+    """By which command, when and on what figures are taken; `others` are versions that they depend on."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    python = f"Python {platform.python_version()}"
+    shared = ["shared with other work"] if is_shared else []
+    return {
+        "command": command,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "machine": ", ".join([f"{os.cpu_count()} cores", f"{memory:.0f} GiB", system, *others, python, *shared]),
+        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()[:2]),
+    }
+
+
+def tables(results: Results, meaning: Mapping[str, str]) -> list[str]:
+    """The figures, how each was taken and what it means, in Markdown."""
+    taken = [
+        (measure, one["command"], one["date"], one["machine"], one["load"])
+        for measure in meaning
+        if (one := results.get(measure))
+    ]
+    return [
+        *markdown(HEAD, rows(results, meaning)),
+        "",
+        *markdown(("measure", "command", "taken", "machine", "load average before"), taken),
+        "",
+        "## What is measured",
+        "",
+        *(f"- **{name}**: {text}" for name, text in meaning.items()),
+    ]
+
+
 def page(results: Results) -> str:
     """The page for people, in Markdown."""
     counted = results.get("burst", {}).get("requestsPerJob", {})
-    taken = [
-        (measure, one["command"], one["date"], one["machine"], one["load"])
-        for measure in MEANING
-        if (one := results.get(measure))
-    ]
     lines = [
         "# What the operator costs, and how fast it is",
         "",
@@ -121,13 +151,7 @@ def page(results: Results) -> str:
         "for programs. Rates are compared with a bare client's in the same run: the machine's speed is nobody's merit.",
         "Each figure is the median of its runs.",
         "",
-        *markdown(HEAD, rows(results)),
-        "",
-        *markdown(("measure", "command", "taken", "machine", "load average before"), taken),
-        "",
-        "## What is measured",
-        "",
-        *(f"- **{name}**: {text}" for name, text in MEANING.items()),
+        *tables(results, MEANING),
         "",
         "## Requests to the API server per job of the burst",
         "",

@@ -4,74 +4,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-import os
+import json
 import random
-import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench import figures
+from tests.bench import figures, loading, models
 from tests.bench.figures import Figure, Measured, Target
+from tests.bench.models import ACCUMULATION, LLAMA, MICRO, STEPS, written
 
-MIB = 1024**2
 RUNS = 10
-LOADS = 3
-STEPS = 5
-MICRO, ACCUMULATION = 2, 2
-RECORDED = 2000
+RECORDER_RUNS, RECORDED = 5, 2000
 PAGE = Path(__file__).parents[2] / "docs" / "measurements" / "trainer.md"
-
-_LLAMA = {
-    "model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None,
-    "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-_LOADED = {**_LLAMA, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4}
-#: By name: a dense model, and one of which 95 % are experts.
-LOADED: Mapping[str, Mapping[str, Any]] = {
-    "dense": {**_LOADED, "intermediate_size": 4096},
-    "mixture": {
-        **_LOADED, "model_type": "mixtral", "intermediate_size": 1536, "num_local_experts": 8, "num_experts_per_tok": 2,
-    },
-}  # fmt: skip
-
-
-def quantised(**changes: Any) -> Any:
-    """The usual recipe, on the CPU."""
-    from qlora_api.exchange import Recipe
-
-    return Recipe(
-        **{
-            "method": "qlora", "compute_dtype": "float32", "rank": 16, "alpha": 32, "dropout": 0.05,
-            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            "max_length": 128, "packing": False, "loss": "all", "max_steps": STEPS, "learning_rate": 2e-4,
-            "schedule": "cosine", "warmup_fraction": 0.03, "effective_batch_size": MICRO * ACCUMULATION,
-            "optimizer": "paged_adamw_8bit", "seed": 7, "gradient_checkpointing": True, "attention": "sdpa",
-            "max_grad_norm": 1.0, **changes,
-        }
-    )  # fmt: skip
-
-
-def written(directory: Path, config: Mapping[str, Any]) -> None:
-    """A model with random weights in bf16, and a tokenizer of numbers."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    model.to(torch.bfloat16).save_pretrained(directory)
-    words = {"<pad>": 0, "<unk>": 1, "<end>": 2} | {str(number): number for number in range(3, 1024)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>").save_pretrained(directory)
-
 
 # --- steps ---
 
@@ -99,14 +49,14 @@ def measure_steps() -> Measured:
 
     torch.set_num_threads(1)
     quiet_libraries()
-    cpu, recipe, dice = torch.device("cpu"), quantised(), random.Random(0)
+    cpu, recipe, dice = torch.device("cpu"), models.quantised(), random.Random(0)
     rows = []
     for _ in range(STEPS * recipe.effective_batch_size):
         ids = [dice.randrange(3, 1024) for _ in range(dice.randrange(64, 129))]
         rows.append(Sequence(ids, ids, [len(ids)]))
 
     with tempfile.TemporaryDirectory() as place:
-        written(Path(place) / "base", _LLAMA)
+        written(Path(place) / "base", LLAMA)
         base = open_base(Path(place) / "base", "base")
 
         def adapted() -> Any:
@@ -192,7 +142,7 @@ def measure_recorder() -> Measured:
     work = Work(catalogue()["meta-llama/Llama-3.1-8B"].shape, 42_000_000)
     tokens = list(range(2048))
     told, counted = [], []
-    for _ in range(LOADS + 2):
+    for _ in range(RECORDER_RUNS):
         progress = Progress()
         recorder = Recorder(
             [Metrics()], progress, steps=RECORDED, steps_per_epoch=RECORDED, work=work, device=torch.device("cpu")
@@ -216,76 +166,6 @@ def measure_recorder() -> Measured:
     ))  # fmt: skip
 
 
-# --- loading ---
-
-
-def measure_loading() -> Measured:
-    """CPU seconds and the growth of the largest resident size, each load in a process of its own."""
-    import qlora_trainer.model
-    import qlora_trainer.quantization  # noqa: F401  once, before each load has its own process
-
-    measured: list[Figure] = []
-    forked = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as place:
-        for name, config in LOADED.items():
-            directory = Path(place) / name
-            written(directory, config)
-            found: dict[str, list[tuple[float, ...]]] = {"ours": [], "transformers": []}
-            for _ in range(LOADS):
-                for whose, runs in found.items():
-                    with forked.Pool(1) as pool:
-                        runs.append(pool.apply(load, (whose, directory)))
-            for column, (part, unit) in enumerate((("time", "CPU s"), ("peak", "MiB"), ("held in the end", "MiB"))):
-                mine, theirs = (tuple(run[column] for run in found[whose]) for whose in ("ours", "transformers"))
-                measured.append(Figure(f"{name}, ours: {part}", unit, mine))
-                measured.append(Figure(f"{name}, transformers: {part}", unit, theirs))
-                measured.append(
-                    Figure(f"{name}: {part}, ratio", "", tuple(a / b for a, b in zip(mine, theirs, strict=True)))
-                )
-    return Measured(tuple(measured))
-
-
-def load(whose: str, directory: Path) -> tuple[float, float, float]:
-    """CPU seconds of one load, MiB that the process grew to meanwhile, and MiB that it has grown by in the end."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from qlora_trainer.environment import quiet_libraries
-    from qlora_trainer.model import open_base
-    from qlora_trainer.quantization import load_for_training
-
-    torch.set_num_threads(1)
-    quiet_libraries()
-    base = open_base(directory, "base")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before, began = _resident("VmRSS"), time.process_time()
-    if whose == "ours":
-        model = load_for_training(base, quantised(compute_dtype="bfloat16"), torch.device("cpu"))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.bfloat16,
-            device_map={"": "cpu"},
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            ),
-        )
-    taken = time.process_time() - began
-    assert model is not None
-    return taken, _resident("VmHWM") - before, _resident("VmRSS") - before
-
-
-def _resident(line: str) -> float:
-    """MiB, as the kernel counts for this process."""
-    found = re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if not found:
-        raise RuntimeError(f"/proc/self/status has no {line}")
-    return int(found[1]) / 1024
-
-
 # --- telling ---
 
 #: How each measure goes about it.
@@ -298,21 +178,24 @@ MEANING = {
     "65,536 tokens, for an 8B model. How many tokens carry loss the loop has counted before, to divide the loss by it; "
     "that is a figure of its own. A run is the mean of 2000.",
     "loading": "From safetensors in bf16 to a 4-bit model on the CPU, each time in a process of its own: CPU time, and "
-    "how far VmHWM rose above what was resident before. Files are mapped, so their pages count when they are read. "
+    "how far VmHWM (the peak) rose above what was resident before, and VmRSS (what is held in the end). Files are "
+    "mapped, so their pages count when they are read. "
     "The dense model has 29 million weights, the mixture 80 million, 76 of them experts, which transformers leaves in "
-    "16 bits. Where the page cache maps more than is read at once, resident sizes differ from run to run.",
+    "16 bits and we quantise: so beside the seconds of the whole stand the nanoseconds of each weight that is put into "
+    "4 bits. Where the page cache maps more than is read at once, resident sizes differ from run to run.",
+    "sharding": "The dense model with 16 layers, 114 million weights, 218 MiB of files, and a LoRA adapter on every "
+    "linear layer, dealt out by FSDP2 over gloo; all ranks on this machine at once, and of each run the median rank's "
+    "figures (some of transformers' processes grow by 600 MiB more and keep them, which are no file's). Ours reads, "
+    "quantises and shards layer by layer. Transformers' way is the whole quantised model on every rank, PEFT's "
+    "adapter, then FSDP2: what accelerate does with 4-bit weights, also where `cpu_ram_efficient_loading` is set, "
+    "which it passes over for them.",
 }
 MEASURES: Mapping[str, Callable[[], Measured]] = {
     "step": measure_steps,
     "recorder": measure_recorder,
-    "loading": measure_loading,
+    "loading": loading.measure_loading,
+    "sharding": loading.measure_sharding,
 }
-
-
-def machine() -> str:
-    """Processor and cores."""
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1].strip() if found else 'unknown processor'}, {os.cpu_count()} cores"
 
 
 def page(results: figures.Results) -> str:
@@ -320,41 +203,41 @@ def page(results: figures.Results) -> str:
     lines = [
         "# The trainer beside TRL and transformers, on the CPU",
         "",
-        "Written by `make bench-trainer`. Each figure is the median of its runs; times are of the CPU, on one thread.",
+        "Written by `make bench-trainer` (one measure: `python -m tests.bench.trainer loading`); `trainer.json` beside",
+        "it has the same for programs. Each figure is the median of its runs; times are of the CPU, on one thread.",
         "",
-        *figures.markdown(figures.HEAD, figures.rows(results, MEANING)),
-        "",
-        f"Machine: {machine()}, Python {sys.version.split()[0]}; {_versions()}.",
-        "",
-        "## What is measured",
-        "",
-        *(f"- **{name}**: {text}" for name, text in MEANING.items()),
+        *figures.tables(results, MEANING),
         "",
         "## What is the same",
         "",
         "The losses: on the same batches no loss of 50 steps differs from SFTTrainer's by more than a relative 1e-5",
         "(`tests/unit/trainer/test_reference.py`; 9e-7 when it was written). A mixture's logits are bit by bit those",
-        "of the model whose experts are replaced by what is left of them after quantisation (`test_experts.py` there).",
+        "of the model whose experts are replaced by what is left of them after quantisation (`test_experts.py` there);",
+        "weights quantised on the CPU are bit by bit those of bitsandbytes (`test_cpu_quantization.py`), and a model",
+        "that ranks share is bit by bit the one that is loaded whole (`test_ranks.py`).",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _versions() -> str:
-    from importlib.metadata import version
-
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes"))
+def _versions() -> list[str]:
+    return [f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.trainer", description=__doc__)
     parser.add_argument("measures", nargs="*", choices=[*MEASURES, "all"], default="all", metavar="MEASURE")
+    parser.add_argument("--shared", action="store_true", help="say that other work ran on the machine meanwhile")
     parser.add_argument("--dry", action="store_true", help="print only, write nothing to docs/measurements")
     arguments = parser.parse_args()
-    wanted = list(MEASURES) if "all" in arguments.measures else arguments.measures
-    results = {name: figures.result(MEASURES[name](), {}) for name in wanted}
-    print(figures.table(results, MEANING))
-    if not arguments.dry and set(wanted) == set(MEASURES):
-        PAGE.write_text(page(results))
+    kept = PAGE.with_suffix(".json")
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not arguments.dry else {}
+    for measure in MEASURES if "all" in arguments.measures else arguments.measures:
+        setting = figures.setting(f"python -m tests.bench.trainer {measure}", *_versions(), is_shared=arguments.shared)
+        results[measure] = figures.result(MEASURES[measure](), setting)
+        print(figures.table({measure: results[measure]}, MEANING), flush=True)
+        if not arguments.dry:
+            kept.write_text(json.dumps(results, indent=2) + "\n")
+            PAGE.write_text(page(results))
     return 0
 
 

@@ -1,6 +1,13 @@
 """The bench's own arithmetic and how it tells its figures."""
 
-from tests.bench import figures
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.bench import __main__ as operator
+from tests.bench import figures, trainer
 from tests.bench.figures import Figure, Measured, Target, percentile, rate, told
 
 SETTING = {"command": "python -m tests.bench burst", "date": "2026-09-01", "machine": "2 cores", "load": "0.1 0.2"}
@@ -44,3 +51,21 @@ def test_table_and_page_show_runs_targets_and_setting() -> None:
     assert "| burst: ratio | 0.300 | 0.200, 0.300, 0.400 | at least 0.250 | met |" in page
     assert "| burst | python -m tests.bench burst | 2026-09-01 | 2 cores | 0.1 0.2 |" in page
     assert "| POST jobs | 1.00 |" in page
+
+
+@pytest.mark.parametrize(
+    ("kept", "page"),
+    [
+        (operator.PLACE / "operator.json", figures.page),
+        (trainer.PAGE.with_suffix(".json"), trainer.page),
+    ],
+    ids=["operator", "trainer"],
+)
+def test_the_pages_are_those_of_what_was_measured(kept: Path, page: Callable[[figures.Results], str]) -> None:
+    results = json.loads(kept.read_text())
+    assert kept.with_suffix(".md").read_text() == page(results)
+
+
+def test_each_measure_says_what_it_measures() -> None:
+    assert figures.MEANING.keys() == operator.MEASURES.keys() | operator.ALONE.keys()
+    assert trainer.MEANING.keys() == trainer.MEASURES.keys()
