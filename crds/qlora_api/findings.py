@@ -45,6 +45,8 @@ class Kind:
 
 #: Fewer held-out examples than this, and the evaluation loss moves by chance more than by learning.
 ENOUGH_EVAL_EXAMPLES = 200
+#: So many training examples are compared with one another, and so many held-out ones with all training examples.
+COMPARED_EXAMPLES = 2_000_000
 
 #: The warnings in the order of their weight: a report has room for the first few.
 FINDINGS = MappingProxyType({
@@ -106,8 +108,8 @@ FINDINGS = MappingProxyType({
         "remove them, unless they are meant to count more",
     ),
     FindingCode.NOT_COMPARED: Kind(
-        "warns", "these examples and those after them were too many to be looked at for near duplicates",
-        "nothing; a tool of its own, for near duplicates among the rest",
+        "warns", f"examples beyond the first {COMPARED_EXAMPLES:,} were not looked at for near duplicates",
+        "nothing, or look for them before the data comes here",
     ),
     FindingCode.DUPLICATES: Kind(
         "warns", "training examples equal to an earlier one are removed",

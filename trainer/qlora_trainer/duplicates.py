@@ -18,11 +18,12 @@ from zlib import crc32
 import numpy as np
 from datasketch import MinHash
 
+from qlora_api.findings import COMPARED_EXAMPLES
 from qlora_trainer.formats import Example
 
 #: So many training examples are compared with one another, the first ones, and so many held-out ones with all training
-#: examples there are: 192 bytes of each, 0.36 GiB.
-COMPARED_MAX = 2_000_000
+#: examples there are: 192 bytes of each training example (0.36 GiB), 320 of a held-out one.
+COMPARED_MAX = COMPARED_EXAMPLES
 #: From this similarity on two examples count as nearly the same.
 SIMILAR = 0.8
 _RUN_WORDS = 3

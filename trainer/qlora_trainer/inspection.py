@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: Sequence lengths are rounded up to this, which suits the kernels.
 LENGTH_STEP = 64
 #: So many examples, or such a share of them if that is more, are rendered once more to see whether they survive it: of
-#: all, it would take half as long again as tokenising them (8.0 s to 5.2 s per 10,000 of 173 tokens).
+#: all, it would take one and a half times as long as tokenising them (8.0 s to 5.2 s per 10,000 of 173 tokens).
 ROUND_TRIPS, ROUND_TRIPS_SHARE = 2000, 0.02
 #: So many held-out examples are tried with the tokenizer; all are, by train.
 HELD_OUT_TRIED = 256

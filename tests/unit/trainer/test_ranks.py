@@ -297,7 +297,7 @@ def test_weights_can_wait_in_host_memory(place: Place) -> None:
 def answer_as_one_of(ranks: int, rank: int, directory: Path, answer: Callable[[Ranks], list[str]]) -> None:
     """What a forked rank does: answers with the others, and leaves what it got and how often it asked the model."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), ranks), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=ranks)
     (directory / f"{rank}.json").write_text(json.dumps(answer(Ranks(rank, ranks))))
     dist.destroy_process_group()
 
