@@ -39,8 +39,8 @@ SCALES_BLOCK_SIZE = 256
 class PackedExperts:
     """The weights of one product of all experts of a layer, `parts` matrices each, one below the other.
 
-    `packed` has two weights in a byte, and is empty where ranks share it: see `at_hand`; `scales` one per 64 weights in fp32, or in 8 bits, and then `scales_of_scales`
-    and `offsets`, as bitsandbytes' double quantisation has them.
+    `packed` has two weights in a byte, and is empty where ranks share it (see `at_hand`); `scales` one per 64 weights
+    in fp32, or in 8 bits, and then `scales_of_scales` and `offsets`, as bitsandbytes' double quantisation has them.
     """
 
     packed: torch.Tensor
@@ -226,13 +226,12 @@ class _PackingQuantizer(Bnb4BitHfQuantizer):
 
     def pack(self, whole: torch.Tensor, stored: list[Any], parts: int) -> PackedExperts:
         """`stored`: for each part the matrices of all experts, or one tensor with all of them and all parts."""
-        number, outputs, inputs = whole.shape
         matrices: list[torch.Tensor]
         if len(stored) == 1 and (isinstance(stored[0], torch.Tensor) or stored[0][0].dim() == 3):
             (one,) = (stored[0],) if isinstance(stored[0], torch.Tensor) else stored[0]
             matrices = [matrix for expert in one for matrix in expert.chunk(parts)]
         else:
-            matrices = [stored[part][expert] for expert in range(number) for part in range(parts)]
+            matrices = [stored[part][expert] for expert in range(whole.shape[0]) for part in range(parts)]
         config: Any = self.quantization_config
         return quantised_experts(
             matrices, whole, parts,

@@ -12,7 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft.tuners.lora.layer import LoraLayer
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,19 +28,25 @@ from qlora_trainer.environment import log
 from qlora_trainer.experts import PACKED, PackedExperts, packable, quantised_experts
 from qlora_trainer.model import BaseModel, Stored, block_linears, stored_as
 from qlora_trainer.quantization import EXPERT_MATRICES
+from qlora_trainer.starts import factors_of, magnitudes_unset, make_good, set_magnitudes
 
 #: What PEFT puts into the names of a base's weights.
 _WRAPPER, _ADAPTED = "base_model.model.", ".base_layer."
 
 
-def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: DeviceMesh) -> Any:
+def load_sharded(
+    base: BaseModel, recipe: Recipe, device: torch.device, mesh: DeviceMesh, *, starts: bool = True
+) -> Any:
     """The base with a fresh adapter, dealt out over `mesh`: what `with_adapter(load_for_training(…))` gives to one.
+
+    With `starts`, the adapter is also what `starts.start` makes of it, while each layer's weights are whole.
 
     Raises BadInput for models of which several weights are one tensor in the files.
     """
     model = _without_weights(base, recipe)
     stored = stored_as(model, base.weights)
-    model = with_adapter(model, recipe, base)
+    with magnitudes_unset():
+        model = with_adapter(model, recipe, base)
     reader = _Reader(base, recipe, stored, device, in_fp32=_kept_in_fp32(model, recipe))
     policy = OffloadPolicy()
     if recipe.offload == "parameters":
@@ -47,6 +55,8 @@ def load_sharded(base: BaseModel, recipe: Recipe, device: torch.device, mesh: De
     for number, modules in enumerate(units):
         for module in modules:
             reader.fill(model, module)
+            if starts:
+                reader.start(model, module)
         fully_shard(modules if len(modules) > 1 else modules[0], mesh=mesh, offload_policy=policy)
         if number % 10 == 9:
             log.info("%d of %d parts loaded", number + 1, len(units))
@@ -114,7 +124,7 @@ def _packs_experts(base: BaseModel, recipe: Recipe) -> bool:
 
 
 def _kept_in_fp32(model: Any, recipe: Recipe) -> frozenset[str]:
-    """Parts of names of what the model's own code wants in fp32, whatever the others are; some of it in float16 only."""
+    """Parts of names of what the model's own code wants in fp32, some of it beside float16 only."""
     kept = {*(model._keep_in_fp32_modules_strict or ())}
     if recipe.compute_dtype == "float16":
         kept |= {*(model._keep_in_fp32_modules or ())}
@@ -161,10 +171,26 @@ class _Reader:
                 elif isinstance(module, Linear4bit) and key == "weight":
                     packed = _packed(self._read(name), self._recipe, self._dtype, module)
                     module.weight = packed.to(self._device)
-                elif key in EXPERT_MATRICES and _packs_experts(self._base, self._recipe) and packable(module):
+                elif key in EXPERT_MATRICES and self._base.shape.experts_quantized and packable(module):
                     setattr(module, key, self._experts(module, key, name))
                 elif old.is_meta or _is_hollow(old):
                     self._set(model, old, self._read(name).to(self._device))
+
+    @torch.no_grad()
+    def start(self, model: Any, part: nn.Module) -> None:
+        """Set what the adapters of `part` take from its weights, which are there: the first rank makes LoftQ's factors,
+        for another might come out with the opposite signs."""
+        for path, module in model.named_modules():
+            if not isinstance(module, LoraLayer) or not any(module is inside for inside in part.modules()):
+                continue
+            if self._recipe.init == "loftq":
+                stored = self._stored[_own_name(f"{path}.base_layer.weight")]
+                if dist.get_rank() == 0:
+                    make_good(module, _own_name(path), self._tensor(stored.name), self._recipe)
+                for factor in factors_of(module):
+                    dist.broadcast(factor, src=0)
+            if self._recipe.dora:
+                set_magnitudes(module)
 
     def _set(self, model: Any, old: nn.Parameter, value: torch.Tensor) -> None:
         """In every place where `old` is: tied weights stay one."""
@@ -175,7 +201,7 @@ class _Reader:
                     module._parameters[key] = new
 
     def _fill_buffers(self, model: Any, module: nn.Module, path: str) -> None:
-        """Few are in the files. The model computes them as after any loading: before the weights, which it fills too."""
+        """The model computes them as after any loading, before the weights, which it fills too; few are in files."""
         lacking = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in lacking:
             module._buffers[name] = torch.empty_like(module.get_buffer(name), device=self._device)
@@ -187,11 +213,20 @@ class _Reader:
                 module._buffers[name] = self._read(f"{path}.{name}").to(self._device)
 
     def _experts(self, module: nn.Module, key: str, name: str) -> nn.Parameter:
-        """The 4-bit codes of a layer's experts in one column, so that ranks get equal parts whatever their number is;
-        their scales stay with the module."""
-        recipe = self._recipe
+        """A layer's experts, a matrix at a time: whole ones are in no host's memory.
+
+        Their 4-bit codes are one column, so that ranks get equal parts whatever their number is, and the scales stay
+        with the module.
+        """
+        recipe, old, parts = self._recipe, module.get_parameter(key), EXPERT_MATRICES[key]
+        matrices = self._matrices(name, parts)
+        if recipe.method == "lora":
+            whole = torch.empty(old.shape, dtype=self._dtype, device=self._device)
+            for place, matrix in zip(whole.view(old.shape[0] * parts, -1), matrices, strict=True):
+                place.copy_(matrix.reshape(-1))
+            return nn.Parameter(whole, requires_grad=False)
         held = quantised_experts(
-            self._matrices(name, EXPERT_MATRICES[key]), module.get_parameter(key), EXPERT_MATRICES[key],
+            matrices, old, parts,
             double_quant=recipe.double_quant, quant_type=recipe.quant_type, device=self._device,
         )  # fmt: skip
         packed: dict[str, PackedExperts] = module.__dict__.setdefault("packed_experts", {})

@@ -7,9 +7,12 @@ rounded to that type; so both are done here, one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
@@ -39,17 +42,48 @@ def start(model: Any, recipe: Recipe, base: BaseModel) -> None:
 
     Raises BadInput where the files have no weight by the name of a layer that LoftQ is to start from.
     """
-    torch.manual_seed(recipe.seed)
     if recipe.init == "loftq":
-        for layer, weight in _with_weights(model, base):
-            factors = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            residual = _residual(weight.to(factors[0].device), recipe)
-            for factor, value in zip(factors, _halves(residual, recipe.rank, layer.scaling[ADAPTER]), strict=True):
-                factor.zero_()  # a rank above the matrix' own leaves rows without a part
-                factor[: value.shape[0], : value.shape[1]].copy_(value)
+        for name, layer, weight in _with_weights(model, base):
+            make_good(layer, name, weight, recipe)
     if recipe.dora:
         for layer in _layers(model).values():
-            layer.lora_magnitude_vector[ADAPTER].weight.copy_(_row_norms(layer))
+            set_magnitudes(layer)
+
+
+@torch.no_grad()
+def make_good(layer: Any, name: str, weight: torch.Tensor, recipe: Recipe) -> None:
+    """LoftQ's factors for one layer, whose `weight` the files have: in whatever order layers come, always the same."""
+    torch.manual_seed(recipe.seed ^ crc32(name.encode()))
+    factors = factors_of(layer)
+    residual = _residual(weight.to(factors[0].device), recipe)
+    for factor, value in zip(factors, _halves(residual, recipe.rank, layer.scaling[ADAPTER]), strict=True):
+        factor.zero_()  # a rank above the matrix' own leaves rows without a part
+        factor[: value.shape[0], : value.shape[1]].copy_(value)
+
+
+@torch.no_grad()
+def set_magnitudes(layer: Any) -> None:
+    """DoRA's, for one layer, whose weight is there."""
+    layer.lora_magnitude_vector[ADAPTER].weight.copy_(_row_norms(layer))
+
+
+@contextmanager
+def magnitudes_unset() -> Iterator[None]:
+    """Adapters get magnitudes without values meanwhile: PEFT reads a layer's weight for them, which is yet to come."""
+
+    def unset(self: DoraLinearLayer, **given: Any) -> None:
+        self.weight = torch.nn.Parameter(given["lora_B"].new_zeros(given["lora_B"].shape[0]))
+
+    usual, DoraLinearLayer.update_layer = DoraLinearLayer.update_layer, unset
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = usual
+
+
+def factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of one layer, the model's own tensors."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
 def _layers(model: Any) -> dict[str, Any]:
@@ -58,8 +92,8 @@ def _layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _with_weights(model: Any, base: BaseModel) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Each layer with an adapter and its weight as the files have it, file after file."""
+def _with_weights(model: Any, base: BaseModel) -> Iterator[tuple[str, Any, torch.Tensor]]:
+    """Each layer with an adapter by its name, and its weight as the files have it, file after file."""
     layers = _layers(model)
     for name in layers:
         if f"{name}.weight" not in base.weights.tensors:
@@ -71,7 +105,7 @@ def _with_weights(model: Any, base: BaseModel) -> Iterator[tuple[Any, torch.Tens
         with safe_open(base.directory / file, framework="pt") as tensors:
             for name, layer in layers.items():
                 if base.weights.tensors[f"{name}.weight"].file == file:
-                    yield layer, tensors.get_tensor(f"{name}.weight")
+                    yield name, layer, tensors.get_tensor(f"{name}.weight")
 
 
 def _residual(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:

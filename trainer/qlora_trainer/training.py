@@ -72,11 +72,6 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     if order.evaluation.answer_schema is not None:
         schema(order.evaluation.answer_schema)
     sharded = order.sharded or recipe.offload == "parameters"
-    if sharded and (recipe.dora or recipe.init == "loftq"):
-        raise BadInput(
-            f"lora.{'dora' if recipe.dora else 'init: loftq'} reads whole weights of the base, and the plan shares or "
-            "moves them: leave it out, or plan for one GPU without training.offload: parameters"
-        )
     device = pick_device(order.accelerator, cpu_allowed=order.cpu_allowed)
     quiet_libraries()
     require_fit(recipe, equipment(device))
@@ -98,8 +93,10 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
 
     # the model: frozen base, fp32 adapter
     log.info("loading %s (%s) on %s", base.architecture, _precision(recipe), device_name(device))
+    checkpoints = Checkpoints(work_dir / "checkpoints", order.bound(), order.checkpoint_keep)
+    checkpoint = checkpoints.newest()
     if sharded:
-        model = load_sharded(base, recipe, device, mesh_of(ranks, device))
+        model = load_sharded(base, recipe, device, mesh_of(ranks, device), starts=checkpoint is None)
     else:
         model = with_adapter(load_for_training(base, recipe, device), recipe, base)
     census(model, base, recipe, device)
@@ -116,15 +113,14 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=recipe.compute_dtype == "float16")
 
     # where an earlier attempt left off
-    checkpoints = Checkpoints(work_dir / "checkpoints", order.bound(), order.checkpoint_keep)
     progress, resumed_from = Progress(), None
-    if checkpoint := checkpoints.newest():
+    if checkpoint:
         progress, resumed_from = checkpoint.progress, checkpoint.progress.step
         load_adapter(model, checkpoint.adapter)
         load_state(optimizer, checkpoint.optimizer)
         scaler.load_state_dict(checkpoint.scaler)
         log.info("resumed from step %d", resumed_from)
-    elif recipe.dora or recipe.init == "loftq":
+    elif not sharded and (recipe.dora or recipe.init == "loftq"):
         load_adapter(model, ranks.from_first(lambda: started(model, recipe, base)))
 
     peak = peak_flops(device_name(device), recipe.compute_dtype)

@@ -37,6 +37,7 @@ from qlora_trainer.prepared import open_prepared, prepare
 from qlora_trainer.quantization import load_for_training
 from qlora_trainer.ranks import ALONE, Ranks, mesh_of, whole
 from qlora_trainer.sharding import load_sharded, shares_of
+from qlora_trainer.starts import start
 from qlora_trainer.training import train
 from qlora_trainer.weights import read_weights
 from qlora_trainer.words import Word
@@ -111,9 +112,19 @@ def undisturbed(place: Place, order: TrainOrder) -> list[float]:
     return found
 
 
-def test_two_ranks_share_a_model_and_one_goes_on_alone(place: Place) -> None:
+STARTS: list[dict[str, Any]] = [{"dora": True}, {"init": "loftq"}, {"dora": True, "init": "loftq"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mixtral", STARTS[2]), *(pytest.param(None, more, marks=pytest.mark.soak) for more in ({}, *STARTS))],
+)
+def test_two_ranks_share_a_model_and_one_goes_on_alone(place: Place, name: str | None, changes: dict[str, Any]) -> None:
     """SIGTERM stops both at the same step with a checkpoint, from which another number of ranks continues the run."""
-    order = place.train_order(place.data(eval_fraction=0.1), SHARED | {"max_steps": 24})
+    if name:
+        replace_model(place, CONFIGS[name])
+        changes = changes | {"target_modules": adapted_by_default(shape_of_config(CONFIGS[name]))}
+    order = place.train_order(place.data(eval_fraction=0.1), SHARED | {"max_steps": 24} | changes)
     expected = undisturbed(place, order)
 
     program = started(place, on(2, order))
@@ -368,7 +379,26 @@ def test_a_model_loaded_layer_by_layer_is_the_model(name: str, method: str, tmp_
         target_modules=adapted_by_default(base.shape),
     )  # fmt: skip
     expected = with_adapter(load_for_training(base, recipe, CPU), recipe, base)
-    model = load_sharded(base, recipe, CPU, mesh)
+    compare(expected, load_sharded(base, recipe, CPU, mesh))
+
+
+@pytest.mark.parametrize("more", [*STARTS, {"dora": True, "method": "lora"}], ids=str)
+def test_an_adapter_that_starts_from_the_base_starts_the_same(more: dict[str, Any], tmp_path: Path, mesh: Any) -> None:
+    base = base_of(CONFIGS["llama"], tmp_path)
+    recipe = recipe_of(**more)
+    expected = with_adapter(load_for_training(base, recipe, CPU), recipe, base)
+    start(expected, recipe, base)
+    compare(expected, load_sharded(base, recipe, CPU, mesh))
+    unset = dict(load_sharded(base, recipe, CPU, mesh, starts=False).named_parameters())
+    assert any(
+        not torch.equal(whole(unset[path]), weight)
+        for path, weight in expected.named_parameters()
+        if weight.requires_grad
+    )
+
+
+def compare(expected: Any, model: Any) -> None:
+    """Weights, buffers and logits, bit by bit."""
     assert shares_of(model)[0] == shares_of(model)[1] > 0
 
     found = dict(model.named_parameters())
