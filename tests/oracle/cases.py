@@ -12,7 +12,7 @@ from qlora_api.exchange import Recipe
 from qlora_operator.sizing.config import shape_of_config
 from qlora_operator.sizing.memory import our_training, peak_of
 from qlora_operator.sizing.step import WORKSPACE
-from qlora_operator.sizing.training import decoder_of
+from qlora_operator.sizing.training import adapted_by_default, decoder_of
 from tests.oracle.step import step_of
 
 #: The plan may be so far from the oracle.
@@ -54,7 +54,7 @@ class Case:
             dropout=self.dropout,
             dora=self.dora,
             quant_type=self.quant_type,
-            target_modules=[module.name for module in shape_of_config(self.config).linear],
+            target_modules=adapted_by_default(shape_of_config(self.config)),
             max_length=self.max_length,
             packing=True,
             loss="assistant",
@@ -116,6 +116,7 @@ def compared(case: Case) -> Compared:
 CASES = (
     Case("meta-llama/Llama-2-7b-hf", "qlora", 1, 4, 2048),
     Case("meta-llama/Llama-2-7b-hf", "lora", 1, 2, 2048, gradient_checkpointing=False),
+    Case("meta-llama/Llama-3.1-8B", "qlora", 1, 2, 2048, gradient_checkpointing=False),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 4096),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 2, 4096, fused_loss=True),
     Case("meta-llama/Llama-3.1-8B", "lora", 2, 2, 2048),
@@ -128,6 +129,10 @@ CASES = (
     Case("meta-llama/Llama-2-70b-hf", "lora", 8, 2, 2048),
     Case("meta-llama/Llama-3.1-70B", "qlora", 8, 1, 8192),
     Case("meta-llama/Llama-3.1-405B", "qlora", 16, 1, 4096),
+    Case("mistralai/Mixtral-8x22B-v0.1", "qlora", 8, 1, 4096),
+    Case("Qwen/Qwen3-235B-A22B", "qlora", 8, 1, 4096),
+    Case("mistralai/Mixtral-8x7B-v0.1", "lora", 16, 1, 2048),
+    Case("meta-llama/Llama-3.1-8B", "qlora", 2, 1, 2048, dora=True),
 )
 #: Where the package hqq is installed.
 HALF_QUADRATIC = (
@@ -144,6 +149,9 @@ SMALL = (
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 2048, layers=5),
     Case("meta-llama/Llama-2-7b-hf", "qlora", 2, 1, 2048, layers=5),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 128, dora=True, layers=3),
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 512, dora=True, layers=3),
+    Case("mistralai/Mixtral-8x7B-v0.1", "qlora", 2, 1, 512, layers=3),
+    Case("mistralai/Mixtral-8x7B-v0.1", "lora", 16, 1, 512, layers=3),
     Case(
         "HuggingFaceTB/SmolLM2-135M", "lora", 1, 1, 256, dora=True, dropout=0.0, gradient_checkpointing=False, layers=5
     ),

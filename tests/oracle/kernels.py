@@ -17,6 +17,8 @@ from peft.tuners.lora import dora
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
+from qlora_trainer import experts
+
 aten = torch.ops.aten
 
 
@@ -126,6 +128,11 @@ def _dequantised(linear: Any) -> torch.Tensor:
     return dequantize_4bit(linear.weight, state) if state else linear.weight
 
 
+def _rows_end(chosen: torch.Tensor, experts: int) -> list[int]:
+    """As if tokens were spread evenly over experts: which get how many is in values, and changes no size."""
+    return [chosen.numel() * (expert + 1) // experts for expert in range(experts)]
+
+
 def _in_place(*_: object, **__: object) -> None:
     """TRL's Triton kernels and its product in fp32: they write where they are told to."""
 
@@ -140,6 +147,7 @@ def as_on_a_gpu() -> Iterator[None]:
         patch.object(functional, "scaled_dot_product_attention", _attention),
         patch.object(functional, "dropout", _dropout),
         patch.object(dora, "dequantize_module_weight", _dequantised),
+        patch.object(experts, "rows_end", _rows_end),
         patch.object(trl_utils, "_use_triton", lambda _: True),
         patch.object(chunked_logprob, "_forward_tile", _in_place),
         patch.object(chunked_logprob, "_backward_tile", _in_place),

@@ -24,8 +24,10 @@ from qlora_api.exchange import Recipe
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import quiet_libraries
 from qlora_trainer.evaluation import summed_loss
+from qlora_trainer.experts import PACKED, PackedExperts, packable
 from qlora_trainer.model import block_linears
 from qlora_trainer.optimization import make_optimizer
+from qlora_trainer.quantization import EXPERT_MATRICES
 from qlora_trainer.sequences import Batch
 from tests.oracle.half_quadratic import fill, hollow
 from tests.oracle.kernels import KERNELS, as_on_a_gpu
@@ -91,10 +93,36 @@ def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fu
             layer = hollow(linear, recipe) if half_quadratic else quantised(linear, recipe, storage)
             setattr(model.get_submodule(owner), own_name, layer)
         model.is_loaded_in_4bit = True
+        if any(packable(module) for module in model.modules()):
+            model.set_experts_implementation(PACKED)
     if fused_loss:
         add_fused_lm_head(model)
     with torch.device("meta"), patch.object(dora, "dequantize_module_weight", _unpacked):
         return with_adapter(model, recipe, SimpleNamespace(uri=""))  # pyright: ignore[reportArgumentType]  reads no more
+
+
+def packed_experts(module: Any, name: str, recipe: Recipe, storage: torch.dtype) -> nn.Parameter:
+    """The codes of a layer's experts as the trainer holds them; the scales, padded to whole blocks, are beside them."""
+    number, outputs, inputs = getattr(module, name).shape
+    parts = EXPERT_MATRICES[name]
+    blocks = outputs * inputs // parts // 64
+    tops = -(-blocks // 256)
+    held = PackedExperts(
+        packed=torch.empty(0, dtype=torch.uint8),
+        scales=torch.empty(number, parts, tops * 256, dtype=torch.uint8),
+        scales_of_scales=torch.empty(number, parts, tops),
+        offsets=torch.empty(number, parts),
+        scales_code=torch.empty(256),
+        code=torch.empty(16),
+        outputs=outputs,
+        inputs=inputs,
+        parts=parts,
+        quant_type=recipe.quant_type,
+        dtype=getattr(torch, recipe.compute_dtype),
+    )
+    module.__dict__.setdefault("packed_experts", {})[name] = held
+    codes = torch.empty(number * outputs * inputs // 2 // storage.itemsize, 1, dtype=storage)
+    return nn.Parameter(codes, requires_grad=False)
 
 
 def _unpacked(linear: Any) -> torch.Tensor:
@@ -102,7 +130,7 @@ def _unpacked(linear: Any) -> torch.Tensor:
     return torch.empty(linear.out_features, linear.in_features)
 
 
-def materialised(model: nn.Module) -> None:
+def materialised(model: nn.Module, recipe: Recipe, storage: torch.dtype) -> None:
     """Give everything on meta memory to count, tied weights once; call under FakeTensorMode."""
     made: dict[int, nn.Parameter] = {}
     old: list[nn.Parameter] = []  # kept, so that no id is used twice
@@ -115,6 +143,8 @@ def materialised(model: nn.Module) -> None:
                 old.append(parameter)
                 if isinstance(module, Linear4bit) and key == "weight":
                     new = packed(module)
+                elif recipe.method == "qlora" and key in EXPERT_MATRICES and packable(module):
+                    new = packed_experts(module, key, recipe, storage)
                 else:
                     new = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
                 made[id(parameter)] = new
@@ -140,14 +170,15 @@ def step_of(
     """
     quiet_libraries()
     ledger = Ledger(KERNELS)
-    model = built(config, recipe, storage=torch.uint8 if gpus == 1 else STORAGE, fused_loss=fused_loss)
+    storage = torch.uint8 if gpus == 1 else STORAGE
+    model = built(config, recipe, storage=storage, fused_loss=fused_loss)
     tokens = micro_batch_size * recipe.max_length
     accumulates = recipe.effective_batch_size > micro_batch_size * gpus
     gc.collect()
     gc.disable()  # what waits for a collection would be counted or not, by chance
     try:
         with mesh_of(gpus) as mesh, as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
-            materialised(model)
+            materialised(model, recipe, storage)
             if mesh:
                 sharded(model, mesh)
             if recipe.gradient_checkpointing:

@@ -68,10 +68,14 @@ def _trained(shape: ModelShape, recipe: Recipe) -> int:
 
 
 def _largest_part(training: Training) -> int:
-    """A layer, its experts or the embedding, in the compute type: what is quantised and shared out next."""
+    """A layer, its experts or the embedding, in the compute type: what is quantised and shared out next.
+
+    The experts that ranks share are read a matrix at a time.
+    """
     decoder = training.decoder
     layer = decoder.linear_weights + decoder.other_weights
-    experts = decoder.experts.number * decoder.experts.up.weights if decoder.experts else 0
+    shared = training.gpus > 1 or training.offload == "parameters"
+    experts = decoder.experts.up.weights * (1 if shared else decoder.experts.number) if decoder.experts else 0
     return max(layer, experts, decoder.embedding_weights) * training.compute_bytes
 
 
@@ -85,8 +89,15 @@ def _frozen_bytes(shape: ModelShape, training: Training) -> int:
     )
     tables = 1 if decoder.tied_embeddings else 2
     rest = shape.parameters - decoder.layers * decoder.linear_weights - tables * decoder.embedding_weights
+    experts = 0
+    if decoder.experts:
+        per_weight = 0.5 if quantised and decoder.experts.quantized else training.compute_bytes
+        sizes = (linear.weights * decoder.experts.number for linear in (decoder.experts.up, decoder.experts.down))
+        experts = decoder.experts.layers * sum(_pinned(int(size * per_weight) // gpus) for size in sizes)
+        rest -= decoder.experts.layers * decoder.experts.weights
     return (
         decoder.layers * linears
+        + experts
         + tables * _pinned(decoder.embedding_weights * training.stream_bytes // gpus)
         + max(0, rest) * training.stream_bytes // gpus
     )

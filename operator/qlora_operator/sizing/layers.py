@@ -411,7 +411,8 @@ class Layers:
         weighted = tape.op(MLP, rows, wide, into, saves=[out, chosen])
         del out, chosen
         weighted = tape.op(MLP, rows, wide, [Into(weighted.key, size, scratch=(size,))], saves=[order])
-        total = tape.op(MLP, tokens * hidden, wide, [Into(weighted.key, None)])
+        # each token's gradient is copied for each of its experts, before anything that was kept is asked for
+        total = tape.op(MLP, tokens * hidden, wide, [Into(weighted.key, size)])
         del weighted, picked, order
         return self.cast(tape, total, itemsize, MLP)
 

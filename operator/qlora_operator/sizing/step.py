@@ -8,7 +8,7 @@ from functools import partial
 
 from qlora_operator.sizing.layers import ATTENTION, Layers
 from qlora_operator.sizing.tensors import Into, Storage, Tape, Trace
-from qlora_operator.sizing.training import Linear, Training
+from qlora_operator.sizing.training import Experts, Linear, Training
 
 MIB = 1024**2
 #: cuBLAS' workspace, one for the forward thread and one for autograd's (torch's default :4096:2:16:8).
@@ -116,7 +116,7 @@ class Rank:
         packed = training.method == "qlora" and experts.quantized
         purpose = EXPERTS if training.method == "qlora" and not packed else WEIGHTS
         for linear in (experts.up, experts.down) * experts.layers:
-            size = experts.number * linear.weights
+            size = self._dealt_out(experts) * linear.weights
             held = size // 2 if packed else size * training.compute_bytes
             loaded.append(self.trace.new(held // training.gpus, purpose))
             if packed:
@@ -124,6 +124,13 @@ class Rank:
                 loaded += [self.trace.new(experts.number * scale, SCALES) for scale in scales]
                 loaded.append(self.trace.new(table, SCALES))
         return loaded
+
+    def _dealt_out(self, experts: Experts) -> int:
+        """How many experts ranks hold together: those of 16 bits are dealt out whole, and FSDP2 pads the last part."""
+        gpus = self.training.gpus
+        if self.training.method == "qlora" and experts.quantized:
+            return experts.number
+        return -(-experts.number // gpus) * gpus
 
     def scale_bytes(self, linear: Linear) -> tuple[int, ...]:
         """Bytes of the 4-bit scale factors of one layer, whole on every rank.
@@ -280,7 +287,9 @@ class Rank:
         bits = 4 if training.method == "qlora" else 8 * training.compute_bytes
         linear = decoder.gathered_weights * bits // 8
         if decoder.experts:
-            linear += decoder.experts.weights * (bits if decoder.experts.quantized else 8 * training.compute_bytes) // 8
+            each = decoder.experts.up.weights + decoder.experts.down.weights
+            weights = self._dealt_out(decoder.experts) * each
+            linear += weights * (bits if decoder.experts.quantized else 8 * training.compute_bytes) // 8
         frozen = linear + decoder.other_weights * training.stream_bytes
         adapter = sum(sum(training.adapter_weights(linear)) for linear in decoder.linears) * training.adapter_bytes
         shared = training.gpus > 1
