@@ -204,8 +204,8 @@ class Lora(SpecPart):
     rslora: Flag = Field(default=False, description="Rank-stabilised scale: alpha/√rank. For ranks of 64 and more.")
     dora: Flag = Field(
         default=False,
-        description="Learn magnitude and direction apart (DoRA); GPUs do not share the model then. Slower, closer to "
-        "full; with dropout each layer is computed twice.",
+        description="Learn magnitude and direction apart (DoRA). Slower, closer to full; with dropout each layer is "
+        "computed twice.",
     )
     init: AdapterInit = Field(
         default="default",

@@ -277,8 +277,6 @@ class _Search:
             return [(rank, recipe, 1) for rank, recipe in enumerate(self._recipes(1))]
         whole = [(rank, recipe, 1) for rank, recipe in enumerate(self._recipes(1)) if recipe.offload != "parameters"]
         shared = [(rank, recipe, layout.gpus) for rank, recipe in enumerate(self._recipes(layout.gpus))]
-        if self._shape.experts:  # the loader of shared weights takes each as it is in the files
-            shared = []
         return sorted([*whole, *shared], key=lambda way: (way[0], way[2]))
 
     def best_on(self, flavour: Flavour) -> _Option | None:
@@ -307,7 +305,7 @@ class _Search:
             return self._no_layout(flavour)
         tried = [(layout, recipe, share) for layout in possible for _, recipe, share in self._ways(layout)]
         if not tried:
-            return f"{self._not_shared(self._recipes(1)[-1])}: set hardware.gpus to 1, or leave offload out"
+            return f"{_not_shared(self._recipes(1)[-1])}: set hardware.gpus to 1, or leave offload out"
         able = [way for way in tried if micro_batches(way[1], wishes.micro_batch_size, way[0].gpus)]
         if not able:
             effective = tried[0][1].effective_batch_size
@@ -325,19 +323,9 @@ class _Search:
             f"{recipe.max_length} tokens needs {need / GIB:.1f} GiB, short by {short / GIB:.1f} GiB"
         )
         if layout.gpus > 1 == share:
-            sentence += f"; {self._not_shared(recipe)}"
+            sentence += f"; {_not_shared(recipe)}"
         cures = list(self._cures(flavour, layout, recipe, size, share))
         return f"{sentence}; fits {' or '.join(cures)}" if cures else sentence
-
-    def _not_shared(self, recipe: Recipe) -> str:
-        """Why GPUs cannot share the model."""
-        if self._shape.experts:
-            return "models with experts are not shared between GPUs"
-        if recipe.half_quadratic:
-            return "with quantization.type hqq GPUs do not share the model"
-        if _reads_whole_weights(recipe):
-            return f"with {'lora.dora' if recipe.dora else 'lora.init loftq'} GPUs cannot share the model"
-        return f"weights that GPUs share the optimizer {recipe.optimizer} cannot step"
 
     def _no_layout(self, flavour: Flavour) -> str:
         wishes = self._wishes
@@ -355,8 +343,7 @@ class _Search:
         """Changes that a user can make, each tried alone."""
         wishes = self._wishes
         shared = self._with(recipe, "optimizer", SHARED_OPTIMIZER)
-        shareable = not self._shape.experts and not _reads_whole_weights(recipe)
-        if layout.gpus > 1 == share and shareable and self._fits(shared, size, layout.gpus, flavour):
+        if layout.gpus > 1 == share and self._fits(shared, size, layout.gpus, flavour):
             yield f"with training.optimizer {SHARED_OPTIMIZER}"
         if wishes.micro_batch_size and self._fits(recipe, 1, share, flavour) and size > 1:
             yield "with training.microBatchSize 1"
@@ -368,13 +355,13 @@ class _Search:
             if self._fits(self._with(recipe, name, value), size, share, flavour):
                 yield words
         for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
-            if offload == "parameters" and (_reads_whole_weights(recipe) or layout.gpus > 1 == share):
+            if offload == "parameters" and layout.gpus > 1 == share:
                 continue
             if self._fits(self._with(recipe, "offload", offload), size, share, flavour):
                 yield f"with training.offload {offload}"
                 break
         for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):
-            if more.gpus <= layout.gpus or self._shape.experts:
+            if more.gpus <= layout.gpus:
                 continue
             if any(
                 self._fits(other, sizes[-1], more.gpus, flavour)
@@ -402,8 +389,11 @@ class _Search:
         return with_headroom(self.memory(recipe, size, gpus).total_bytes, self._wishes.headroom_percent)
 
 
-def _reads_whole_weights(recipe: Recipe) -> bool:
-    return recipe.dora or recipe.init == "loftq" or recipe.half_quadratic
+def _not_shared(recipe: Recipe) -> str:
+    """Why GPUs cannot share the model."""
+    if recipe.half_quadratic:
+        return "with quantization.type hqq GPUs do not share the model"
+    return f"weights that GPUs share the optimizer {recipe.optimizer} cannot step"
 
 
 def _as_sold(flavour: Flavour) -> int:

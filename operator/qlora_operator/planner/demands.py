@@ -81,14 +81,6 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
         )
     gpus = max(hardware.gpus or 1, hardware.nodes or 1)
     effective, size = training.effective_batch_size, training.micro_batch_size or 1
-    alone = "lora.dora" if spec.lora.dora else "lora.init: loftq" if spec.lora.init == "loftq" else None
-    if training.offload == "parameters" and alone:
-        return Unfit(
-            "AdapterNotShardable",
-            f"spec.{alone} reads whole weights of the base, which training.offload: parameters takes from the GPU; "
-            "leave one of them out",
-            final=True,
-        )
     if training.offload == "activations" and training.gradient_checkpointing is False:
         return Unfit(
             "NothingToOffload",

@@ -137,8 +137,8 @@ def by_gpus(found: Sequence[Recipe], spec: JobSpec, keep: Recipe | None) -> Reci
 
 def sharded(found: Sequence[Recipe], optimizer: str | None) -> list[Recipe]:
     """The recipes for GPUs that share a model, with the `optimizer` that is set, if one is; none where it cannot, nor
-    where the adapter starts from whole weights, which no GPU then has; those of HQQ are not shared."""
-    if optimizer in ONE_GPU_OPTIMIZERS or any(recipe.dora or recipe.init == "loftq" for recipe in found):
+    of HQQ."""
+    if optimizer in ONE_GPU_OPTIMIZERS:
         return []
     update = {"optimizer": optimizer or SHARED_OPTIMIZER}
     return [recipe.model_copy(update=update) for recipe in found if not recipe.half_quadratic]

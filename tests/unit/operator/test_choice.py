@@ -234,11 +234,6 @@ def test_every_change_that_is_advised_does_help() -> None:
 
 CONTRADICTIONS: list[Any] = [
     (
-        {"training.offload": "parameters", "lora.dora": True}, "AdapterNotShardable",
-        "spec.lora.dora reads whole weights of the base, which training.offload: parameters takes from the GPU; leave "
-        "one of them out",
-    ),
-    (
         {"training.offload": "activations", "training.gradientCheckpointing": False}, "NothingToOffload",
         "spec.training.offload: activations moves what gradientCheckpointing keeps; leave gradientCheckpointing out, "
         "or offload",
@@ -405,11 +400,13 @@ def test_what_has_run_out_of_memory_goes_on_recomputing() -> None:
 
 
 @pytest.mark.parametrize("edits", [{"lora.dora": True}, {"lora.init": "loftq"}], ids=str)
-def test_what_reads_whole_weights_stays_on_one_gpu(edits: Raw) -> None:
-    assert planned("llama-3.1-405b", 1024, {"hardware.maxGPUs": 16}, CLUSTER).gpus > 1
-    refusal = made("llama-3.1-405b", 1024, edits | {"hardware.maxGPUs": 16}, CLUSTER)
-    assert isinstance(refusal, Unfit)
-    assert not refusal.final
+def test_what_starts_from_whole_weights_is_shared_as_a_plain_adapter_is(edits: Raw) -> None:
+    at_most: Raw = {"hardware.maxGPUs": 16, "training.offload": "activations"}
+    plain, plan = (planned("llama-3.1-405b", 1024, at_most | more, CLUSTER) for more in ({}, edits))
+    assert plan.sharded
+    assert plan.gpus >= plain.gpus > 1
+    alone = planned("llama-3.1-8b", 1024, edits | {"training.offload": "parameters"}, CLUSTER)
+    assert alone.recipe.offload == "parameters"
 
 
 def test_a_dora_takes_more_than_a_lora() -> None:

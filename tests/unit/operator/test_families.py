@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from qlora_api.exchange import ModelShape, Recipe
-from qlora_operator.placement.choice import Infeasible, Wishes, choose
+from qlora_operator.placement.choice import Infeasible, Placed, Wishes, choose
 from qlora_operator.placement.flavours import Flavour
 from qlora_operator.planner import Unfit, recipes
 from qlora_operator.sizing.catalogue import catalogue
@@ -252,17 +252,27 @@ def test_experts_as_targets_are_refused_with_what_to_name_instead():
     assert refused.message.endswith("name linear layers, it has q_proj, k_proj, v_proj, o_proj")
 
 
-def test_a_mixture_that_no_gpu_holds_is_refused_before_one_is_taken():
-    """The loader of weights that GPUs share takes each as it is in the files, and experts are not."""
-    shape, made = catalogue()["deepseek-ai/DeepSeek-V3"].shape, given.recipe(target_modules=["o_proj"])
-    pool = [Flavour("nvidia.com/gpu", "NVIDIA-H200", 140 * 2**30, gpus_per_node=8, nodes=8)]
-    refused = choose(shape, lambda _: [made], pool, wishes=Wishes(max_gpus=64))
+def test_a_mixture_that_no_gpu_holds_is_shared_by_several():
+    shape, made = catalogue()["Qwen/Qwen3-235B-A22B"].shape, given.recipe(target_modules=["o_proj"])
+    pool = [Flavour("nvidia.com/gpu", "NVIDIA-H100-80GB-HBM3", 80 * 2**30, gpus_per_node=8, nodes=2)]
+    refused = choose(shape, lambda _: [made], pool, wishes=Wishes(gpus=1))
     assert isinstance(refused, Infeasible)
-    assert "models with experts are not shared between GPUs" in refused.message
-    kept = made.model_copy(update={"offload": "parameters"})
-    refused = choose(shape, lambda _: [kept], pool, wishes=Wishes(gpus=8))
-    assert isinstance(refused, Infeasible)
-    assert "set hardware.gpus to 1" in refused.message
+    assert "fits with training.offload parameters or on 4 GPUs" in refused.message
+    chosen = choose(shape, lambda _: [made], pool, wishes=Wishes())
+    assert isinstance(chosen, Placed)
+    assert (chosen.sharded, chosen.layout.gpus) == (True, 4)
+
+
+def test_each_gpu_has_its_part_of_the_experts_and_all_of_their_scales():
+    """And whole those of the layer at work and of the one that comes next."""
+    shape, made = catalogue()["mistralai/Mixtral-8x22B-v0.1"].shape, given.recipe(target_modules=["o_proj"])
+    experts = sum(weights.weights for weights in shape.experts)
+    for gpus in (2, 8, 16):
+        items = {x.name: x.bytes for x in training_memory(shape, made, micro_batch_size=1, gpus=gpus).items}
+        others = sum(m.in_features * m.out_features * m.count for m in shape.linear)
+        assert items["base weights"] == pytest.approx((experts + others) / 2 / gpus, rel=0.001)
+        assert items["gathered weights"] == pytest.approx(2 * (experts + others) / 2 / shape.layers, rel=0.01)
+        assert items["quantisation scales"] == pytest.approx((experts + others) * (1 + 4 / 256) / 64, rel=0.001)
 
 
 def test_a_model_that_caps_scores_is_trained_with_written_out_attention():
