@@ -423,6 +423,7 @@ class TrainOrder(OrderEnvelope):
     nodes: int = Field(default=1, ge=1, description="Pods of the training, one in each node.")
     ranks_per_node: int = Field(default=1, ge=1, description="Processes in each pod, one for each of its GPUs.")
     sharded: bool = Field(default=False, description="The processes share one model; else each has it whole.")
+    fused_loss: bool = Field(default=False, description="Head and loss in tiles of tokens; else the logits are whole.")
     cpu_allowed: bool = Field(default=False, description="Run on the CPU where the accelerator is not there.")
     checkpoint_every_seconds: int = Field(ge=1)
     checkpoint_keep: int = Field(ge=1)

@@ -36,6 +36,7 @@ def measure_steps() -> Measured:
     from qlora_trainer.checkpoint import Checkpoints, Progress
     from qlora_trainer.environment import quiet_libraries
     from qlora_trainer.flops import Work
+    from qlora_trainer.fused_loss import fuse_head
     from qlora_trainer.interruption import Interruption
     from qlora_trainer.learning import Learning, learn
     from qlora_trainer.model import open_base
@@ -81,6 +82,7 @@ def measure_steps() -> Measured:
 
         model = adapted()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        fuse_head(model)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         order = TrainOrder(
             namespace="bench", job="bench", job_uid="0", attempt=1, work_dir=place, model_uri="base", model_digest="",

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from qlora_trainer.environment import log
+from qlora_trainer.fused_loss import is_fused, loss_in_head
 from qlora_trainer.prepared import Rows
 from qlora_trainer.ranks import ALONE, Ranks
 from qlora_trainer.sequences import NO_LOSS, Batch, Sequence, collate
@@ -23,13 +24,19 @@ Alive = Callable[[], object]
 
 
 def summed_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Cross-entropy summed over the tokens of `batch` that carry loss, in fp32; logits only where there is some."""
+    """Cross-entropy summed over the tokens of `batch` that carry loss, in fp32; logits only where there is some.
+
+    Of a model whose head is fused, no more logits than a tile's.
+    """
     labels = batch.labels.to(device)
     carrying = labels != NO_LOSS
     options = {"logits_to_keep": carrying} if _keeps_logits(model) else {}
-    logits = model(
-        input_ids=batch.ids.to(device), position_ids=batch.positions.to(device), use_cache=False, **options
-    ).logits
+    tokens = {"input_ids": batch.ids.to(device), "position_ids": batch.positions.to(device), "use_cache": False}
+    if is_fused(model):
+        with loss_in_head(model, labels, carrying) as taken:
+            model(**tokens, **options)
+        return taken.loss
+    logits = model(**tokens, **options).logits
     if not options:
         logits = logits[carrying]
     return cross_entropy(logits.float(), labels[carrying], reduction="sum")

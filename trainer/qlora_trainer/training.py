@@ -30,6 +30,7 @@ from qlora_trainer.fitness import (
     require_rows_as_quantised,
 )
 from qlora_trainer.flops import Work
+from qlora_trainer.fused_loss import fuse_head
 from qlora_trainer.gates import failures, verdicts
 from qlora_trainer.inputs import with_inputs
 from qlora_trainer.judging import open_judge
@@ -102,6 +103,8 @@ def train_with(ranks: Ranks, order: TrainOrder, pod: Pod) -> TrainResult:
     census(model, base, recipe, device)
     require_attention_as_asked(model, recipe, base.architecture)
     require_apart(model, recipe, device, base.architecture, flat=flat)
+    if order.fused_loss:
+        fuse_head(model)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     adapter_parameters = sum(weight.numel() for weight in trained.values())
     log.info("%d weights to train", adapter_parameters)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_api.exchange import DataOrder, DataSource, InspectOrder, MergeOrder, Recipe, TrainOrder
+from qlora_api.heads import takes_loss_in_tiles
 from qlora_trainer.environment import Pod, quiet_libraries
 from qlora_trainer.inspection import inspect
 from qlora_trainer.interruption import Interruption
@@ -149,6 +150,7 @@ class Place:
                 "micro_batch_size": 2,
                 "gradient_accumulation": 2,
                 "accelerator": "cpu",
+                "fused_loss": takes_loss_in_tiles(seen.shape),
                 "checkpoint_every_seconds": 3600,
                 "checkpoint_keep": 2,
                 **changes,
