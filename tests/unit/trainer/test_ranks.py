@@ -154,6 +154,7 @@ def test_any_number_of_ranks_learns_the_same(place: Place, ranks: int, sharded: 
     code, output, report = ended(place, started(place, on(ranks, order, sharded=sharded)))
     assert code == 0, output
     assert losses(place) == pytest.approx(expected, rel=1e-4)
+    shutil.rmtree(place.work)  # its checkpoints are of another training
     alone = train(order.model_copy(update={"recipe": order.recipe.model_copy(update={"seed": 8})}), place.pod)
     assert report.result["evalLoss"] != alone.eval_loss, "the comparison would see another training"
 
