@@ -68,8 +68,8 @@ class Case:
 
 
 PLACED = (
-    Case("one-b", LLAMA_1B, 1024, gpus.T4.name, "lora", compute="float16"),
-    Case("three-b", LLAMA_3B, 1024, gpus.RTX_4090.name, "lora"),
+    Case("one-b", LLAMA_1B, 1024, f"{gpus.H100.name}-MIG-1g.10gb", "lora"),
+    Case("three-b", LLAMA_3B, 1024, gpus.T4.name, "lora", compute="float16"),
     Case("eight-b", LLAMA_8B, 2048, gpus.V100.name, "lora", compute="float16"),
     Case(
         "eight-b-bfloat16", LLAMA_8B, 2048, gpus.A100_40GB.name, "lora",
@@ -83,7 +83,7 @@ PLACED = (
         "slice-of-mixed", LLAMA_8B, 2048, f"{gpus.H100.name}-MIG-3g.40gb", "lora", resource="nvidia.com/mig-3g.40gb",
         spec={"hardware": products(f"{gpus.H100.name}-MIG-3g.40gb")},
     ),
-    Case("fourteen-b", QWEN_14B, 2048, gpus.A100_80GB.name, "lora"),
+    Case("fourteen-b", QWEN_14B, 2048, gpus.L40S.name, "lora"),
     Case("thirty-two-b", QWEN_32B, 2048, gpus.H200.name, "lora"),
     Case("seventy-b", LLAMA_70B, 4096, gpus.A100_80GB.name, "qlora"),
     Case(

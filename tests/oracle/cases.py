@@ -12,7 +12,7 @@ from qlora_api.exchange import Recipe
 from qlora_operator.sizing.config import shape_of_config
 from qlora_operator.sizing.memory import our_training, peak_of
 from qlora_operator.sizing.step import WORKSPACE
-from qlora_operator.sizing.training import adapted_by_default, decoder_of
+from qlora_operator.sizing.training import adapted_by_default, attention_by_default, decoder_of
 from tests.oracle.step import step_of
 
 #: The plan may be so far from the oracle.
@@ -31,7 +31,7 @@ class Case:
     micro_batch_size: int
     max_length: int
     gradient_checkpointing: bool = True
-    fused_loss: bool = False
+    loss: Literal["logits", "tiles", "trl"] = "tiles"
     dora: bool = False
     quant_type: Literal["nf4", "hqq"] = "nf4"
     dropout: float = 0.05
@@ -66,7 +66,7 @@ class Case:
             optimizer="paged_adamw_8bit" if self.gpus == 1 else "adamw_torch_fused",
             seed=42,
             gradient_checkpointing=self.gradient_checkpointing,
-            attention="sdpa",
+            attention=attention_by_default(shape_of_config(self.config)),
             max_grad_norm=1.0,
         )
 
@@ -76,10 +76,10 @@ class Case:
         parts = [self.method, f"{self.micro_batch_size}×{self.max_length}"]
         if not self.gradient_checkpointing:
             parts.append("no checkpointing")
-        if self.fused_loss:
-            parts.append("fused loss")
         if self.quant_type != "nf4":
             parts.append(self.quant_type)
+        if self.loss != "tiles":
+            parts.append({"logits": "whole logits", "trl": "TRL's fused loss"}[self.loss])
         if self.dora:
             parts.append("DoRA" if self.dropout else "DoRA without dropout")
         return ", ".join(parts)
@@ -101,13 +101,13 @@ class Compared:
 def compared(case: Case) -> Compared:
     """Plan `case`, and run it on fake tensors."""
     training = our_training(decoder_of(shape_of_config(case.config)), case.recipe, case.micro_batch_size, case.gpus)
-    items = peak_of(replace(training, fused_loss=case.fused_loss)).items
+    items = peak_of(replace(training, loss=case.loss)).items
     ledger = step_of(
         case.config,
         case.recipe,
         micro_batch_size=case.micro_batch_size,
         gpus=case.gpus,
-        fused_loss=case.fused_loss,
+        loss=case.loss,
     )
     planned = sum(size for name, size in items.items() if name not in UNSEEN)
     return Compared(case, planned, ledger.peak_bytes)
@@ -118,12 +118,14 @@ CASES = (
     Case("meta-llama/Llama-2-7b-hf", "lora", 1, 2, 2048, gradient_checkpointing=False),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 2, 2048, gradient_checkpointing=False),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 4096),
-    Case("meta-llama/Llama-3.1-8B", "qlora", 1, 2, 4096, fused_loss=True),
+    Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 4096, loss="logits"),
+    Case("meta-llama/Llama-3.1-8B", "qlora", 1, 2, 4096),
     Case("meta-llama/Llama-3.1-8B", "lora", 2, 2, 2048),
     Case("Qwen/Qwen2.5-7B-Instruct", "qlora", 4, 4, 1024),
     Case("meta-llama/Llama-2-13b-hf", "lora", 1, 4, 1024),
     Case("meta-llama/Llama-2-13b-hf", "qlora", 2, 1, 4096),
-    Case("01-ai/Yi-34B", "qlora", 1, 1, 4096, fused_loss=True),
+    Case("meta-llama/Llama-2-13b-hf", "qlora", 2, 1, 4096, loss="logits"),
+    Case("01-ai/Yi-34B", "qlora", 1, 1, 4096, loss="trl"),
     Case("01-ai/Yi-34B", "lora", 4, 1, 4096),
     Case("meta-llama/Llama-3.1-70B", "qlora", 1, 1, 2048),
     Case("meta-llama/Llama-2-70b-hf", "lora", 8, 2, 2048),
@@ -145,8 +147,11 @@ HALF_QUADRATIC = (
 SMALL = (
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 2, 1024, layers=5),
     Case("HuggingFaceTB/SmolLM2-135M", "lora", 1, 1, 512, gradient_checkpointing=False, layers=5),
-    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 8, 1024, fused_loss=True, layers=5),
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 8, 1024, layers=5),
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 1, 8, 1024, loss="trl", layers=5),
+    Case("google/gemma-2-2b", "qlora", 1, 1, 1024, layers=5),
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 2048, layers=5),
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 2048, loss="logits", layers=5),
     Case("meta-llama/Llama-2-7b-hf", "qlora", 2, 1, 2048, layers=5),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 128, dora=True, layers=3),
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 512, dora=True, layers=3),

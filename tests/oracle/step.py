@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -25,6 +25,7 @@ from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import quiet_libraries
 from qlora_trainer.evaluation import summed_loss
 from qlora_trainer.experts import PACKED, PackedExperts, packable
+from qlora_trainer.fused_loss import fuse_head
 from qlora_trainer.model import block_linears
 from qlora_trainer.optimization import make_optimizer
 from qlora_trainer.quantization import EXPERT_MATRICES
@@ -34,6 +35,7 @@ from tests.oracle.kernels import KERNELS, as_on_a_gpu
 from tests.oracle.ledger import Ledger
 from tests.oracle.sharding import STORAGE, like, mesh_of, sharded
 
+Loss = Literal["logits", "tiles", "trl"]
 CPU = torch.device("cpu")
 
 
@@ -77,7 +79,7 @@ def packed(linear: Any) -> Any:
     return weight
 
 
-def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fused_loss: bool) -> Any:
+def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, loss: Loss) -> Any:
     """The model with its adapter, on meta."""
     settings = AutoConfig.for_model(**config)
     with torch.device("meta"):
@@ -95,10 +97,13 @@ def built(config: Mapping[str, Any], recipe: Recipe, *, storage: torch.dtype, fu
         model.is_loaded_in_4bit = True
         if any(packable(module) for module in model.modules()):
             model.set_experts_implementation(PACKED)
-    if fused_loss:
+    if loss == "trl":
         add_fused_lm_head(model)
     with torch.device("meta"), patch.object(dora, "dequantize_module_weight", _unpacked):
-        return with_adapter(model, recipe, SimpleNamespace(uri=""))  # pyright: ignore[reportArgumentType]  reads no more
+        adapted = with_adapter(model, recipe, SimpleNamespace(uri=""))  # pyright: ignore[reportArgumentType]  reads no more
+    if loss == "tiles":
+        fuse_head(adapted)
+    return adapted
 
 
 def packed_experts(module: Any, name: str, recipe: Recipe, storage: torch.dtype) -> nn.Parameter:
@@ -160,7 +165,7 @@ def step_of(
     *,
     micro_batch_size: int,
     gpus: int = 1,
-    fused_loss: bool = False,
+    loss: Loss = "logits",
     steps: int = 1,
 ) -> Ledger:
     """What one GPU holds while it takes `steps` optimizer steps, each with its last micro-batch only.
@@ -171,7 +176,7 @@ def step_of(
     quiet_libraries()
     ledger = Ledger(KERNELS)
     storage = torch.uint8 if gpus == 1 else STORAGE
-    model = built(config, recipe, storage=storage, fused_loss=fused_loss)
+    model = built(config, recipe, storage=storage, loss=loss)
     tokens = micro_batch_size * recipe.max_length
     accumulates = recipe.effective_batch_size > micro_batch_size * gpus
     gc.collect()
@@ -202,7 +207,7 @@ def step_of(
                 ids, positions, labels = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
                 batch = Batch(ids, positions, labels, tokens)
                 del ids, positions, labels
-                if fused_loss:
+                if loss == "trl":
                     part = model(
                         input_ids=batch.ids, position_ids=batch.positions, labels=batch.labels, fused_lm_head=True
                     ).loss

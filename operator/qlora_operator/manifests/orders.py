@@ -27,6 +27,7 @@ from qlora_api.exchange import (
     is_claim,
     train_field,
 )
+from qlora_api.heads import takes_loss_in_tiles
 from qlora_api.v1alpha1 import Plan, duration_seconds, spec
 from qlora_operator.lifecycle.observed import Job
 from qlora_operator.lifecycle.results import fingerprint
@@ -95,6 +96,7 @@ def _train(job: Job, task: Task, settings: Settings, envelope: dict[str, Any]) -
         nodes=plan.nodes,
         ranks_per_node=max(1, plan.gpus_per_node),
         sharded=plan.sharded,
+        fused_loss=takes_loss_in_tiles(inspection.shape),
         cpu_allowed=settings.cpu_allowed,
         checkpoint_every_seconds=duration_seconds(job.spec.checkpoint.every),
         checkpoint_keep=job.spec.checkpoint.keep,

@@ -355,7 +355,7 @@ class _Search:
             if self._fits(self._with(recipe, name, value), size, share, flavour):
                 yield words
         for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
-            if offload == "parameters" and layout.gpus > 1 == share:
+            if offload == "parameters" and (recipe.half_quadratic or layout.gpus > 1 == share):
                 continue
             if self._fits(self._with(recipe, "offload", offload), size, share, flavour):
                 yield f"with training.offload {offload}"

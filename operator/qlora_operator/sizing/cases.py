@@ -142,7 +142,7 @@ def training_of(case: Case, models: Path) -> Training:
         adapter_bytes=adapter_bytes,
         norm_embed_fp32=case.norm_embed_fp32,
         autocast=autocast,
-        fused_loss=case.loss == "fused",
+        loss="trl" if case.loss == "fused" else "logits",
         keeps_logits=not autocast,
         expands_heads=case.compute_dtype == "float16",
         loads_whole=gpus > 1,

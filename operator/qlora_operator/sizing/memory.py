@@ -134,6 +134,7 @@ def our_training(decoder: Decoder, recipe: Recipe, micro_batch_size: int, gpus: 
         attention=_KERNELS[recipe.attention],
         state_bytes=OPTIMIZER_BYTES.get(recipe.optimizer, 8.0) if gpus == 1 else OPTIMIZER_BYTES["adamw_torch_fused"],
         update_bytes=4.0 if recipe.optimizer == "adamw_torch" else 0.0,
+        loss="tiles" if decoder.loss_in_tiles else "logits",
         masked=masked,
         masks=2 if decoder.family.alternates and (apart or recipe.attention == "eager") else 1,
         accumulates=recipe.effective_batch_size > micro_batch_size * gpus,

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from qlora_api.heads import tile_rows
 from qlora_operator.sizing.layers import ATTENTION, Layers
-from qlora_operator.sizing.tensors import Into, Storage, Tape, Trace
+from qlora_operator.sizing.tensors import Into, Storage, Tape, Tensor, Trace
 from qlora_operator.sizing.training import Experts, Linear, Training
 
 MIB = 1024**2
 #: cuBLAS' workspace, one for the forward thread and one for autograd's (torch's default :4096:2:16:8).
 WORKSPACE_BYTES = int(8.125 * MIB)
-#: Tokens and words of the vocabulary per tile of a fused head and loss (TRL 1.16).
+#: Tokens and words of the vocabulary per tile of TRL's fused head and loss (1.16).
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
 
 #: Activation checkpoints on the GPU while the others wait in host memory: one is used, one is on its way.
@@ -316,21 +317,10 @@ class Rank:
         if training.autocast:
             hidden = self.layers.cast(tape, hidden, training.compute_bytes, LOGITS)
         tied = decoder.tied_embeddings
-        if training.fused_loss:
-            weights = None if tied else self._gathered_table()
-            # TRL's ChunkedLogProbFunction: tiles of logits in the compute type, the gradient added up in fp32
-            tile_bytes = min(training.tokens, TILE_ROWS) * TILE_COLUMNS * hidden.itemsize
-            size = hidden.elements * hidden.itemsize
-            chosen = tape.op(LOGITS, hidden.elements, hidden.itemsize, [Into(hidden.key, size)])
-            tile = trace.new(tile_bytes, LOGITS)
-            del tile, hidden
-            mark("forward")
-            wide, tile = trace.new(chosen.elements * 4, LOGITS), trace.new(tile_bytes, LOGITS)
-            gradients = {chosen.key: trace.new(size, LOGITS)}
-            del wide, tile, chosen
-            tape.backward(gradients)
-            del weights
-            return None, gradients.pop(first)
+        if training.loss == "tiles":
+            return None, self._loss_in_tiles(tape, hidden, mark).pop(first)
+        if training.loss == "trl":
+            return None, self._loss_in_trls_tiles(tape, hidden, mark).pop(first)
         elements = training.tokens * decoder.vocab_size
         unpacked = decoder.embedding_weights * training.compute_bytes if hidden.itemsize != training.stream_bytes else 0
         head = trace.new(unpacked, LOGITS) if unpacked else None
@@ -359,3 +349,50 @@ class Rank:
             self._table = self._gathered_table()
         del head
         return kept, gradients.pop(first)
+
+    def _loss_in_tiles(self, tape: Tape, hidden: Tensor, mark: Callable[[str], None]) -> dict[int, Storage]:
+        """As our trainer's `fused_loss.py`: what waits for the backward is the gradient of the hidden states, so that
+        the head is not needed again."""
+        training, decoder, trace = self.training, self.training.decoder, self.trace
+        size, narrow = hidden.elements * hidden.itemsize, hidden.itemsize
+        rows = min(training.tokens, tile_rows(decoder.vocab_size))
+        values = rows * decoder.vocab_size
+        chosen = tape.op(LOGITS, hidden.elements, narrow, [Into(hidden.key, size)])
+        # FSDP2 keeps what the last gather came in beside the weights that it made of it
+        gathered = [] if decoder.tied_embeddings else [self._gathered_table(), self._gathered_table()]
+        gradient = trace.new(size, LOGITS)
+        tile = trace.new(values * narrow, LOGITS)
+        bent = tile if decoder.family.caps_logits else None
+        if bent:
+            tile = trace.new(values * narrow, LOGITS)
+        wide = tile if narrow == 4 else trace.new(values * 4, LOGITS)
+        del tile
+        delta = wide if narrow == 4 else trace.new(values * narrow, LOGITS)
+        del wide
+        unbent = trace.new(values * narrow, LOGITS) if bent else None
+        del delta, unbent, bent, gathered, hidden
+        self._table = None
+        mark("forward")
+        gradients = {chosen.key: gradient}
+        del chosen, gradient
+        scaled = trace.new(4 * rows * decoder.hidden_size, LOGITS) if narrow != 4 else None
+        del scaled
+        tape.backward(gradients)
+        return gradients
+
+    def _loss_in_trls_tiles(self, tape: Tape, hidden: Tensor, mark: Callable[[str], None]) -> dict[int, Storage]:
+        """TRL's ChunkedLogProbFunction: tiles of logits in the compute type, the gradient added up in fp32."""
+        training, trace = self.training, self.trace
+        weights = None if training.decoder.tied_embeddings else self._gathered_table()
+        tile_bytes = min(training.tokens, TILE_ROWS) * TILE_COLUMNS * hidden.itemsize
+        size = hidden.elements * hidden.itemsize
+        chosen = tape.op(LOGITS, hidden.elements, hidden.itemsize, [Into(hidden.key, size)])
+        tile = trace.new(tile_bytes, LOGITS)
+        del tile, hidden
+        mark("forward")
+        wide, tile = trace.new(chosen.elements * 4, LOGITS), trace.new(tile_bytes, LOGITS)
+        gradients = {chosen.key: trace.new(size, LOGITS)}
+        del wide, tile, chosen
+        tape.backward(gradients)
+        del weights
+        return gradients

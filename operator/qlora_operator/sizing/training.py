@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_api.exchange import LinearModule, ModelShape
+from qlora_api.heads import takes_loss_in_tiles
 from qlora_operator.sizing.families import FAMILIES, LLAMA, Family
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -97,6 +98,8 @@ class Decoder:
     #: Weights of a block that are in no linear layer: norms and biases.
     other_weights: int
     family: Family = LLAMA
+    #: What its head's product becomes is known, so that our trainer takes the loss in tiles.
+    loss_in_tiles: bool = False
     #: Tokens that layers look back, where some do not look back to the start.
     sliding_window: int | None = None
     latent: Latent | None = None
@@ -181,6 +184,7 @@ def decoder_of(shape: ModelShape) -> Decoder:
         others=tuple(linear for linear in rest if linear not in (*mlp_in, mlp_out)),
         other_weights=max(0, shape.parameters - counted) // shape.layers,
         family=FAMILIES.get(shape.family, LLAMA),
+        loss_in_tiles=takes_loss_in_tiles(shape),
         sliding_window=shape.sliding_window,
         latent=latent,
         experts=_experts_of(shape),
@@ -269,8 +273,9 @@ class Training:
     autocast: bool = False
     #: Whether the logits outlive the loss, as the output of the model in the caller's hands.
     keeps_logits: bool = False
-    #: Cross-entropy in tiles of the head's product, so that the logits are never whole (TRL's `loss_type="nll"`).
-    fused_loss: bool = False
+    #: From whole logits by torch's cross-entropy, or in tiles of the head's product: our trainer's (`fused_loss.py`
+    #: there), or TRL's (`loss_type="nll"`).
+    loss: Literal["logits", "tiles", "trl"] = "logits"
     #: Tokens that must not see one another are kept apart by a mask: packed examples, padding, or a window's end.
     masked: bool = False
     #: How many of them there are: layers that look back a window have their own.

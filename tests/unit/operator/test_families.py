@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from qlora_api.exchange import ModelShape, Recipe
+from qlora_api.heads import takes_loss_in_tiles, tile_rows
 from qlora_operator.placement.choice import Infeasible, Placed, Wishes, choose
 from qlora_operator.placement.flavours import Flavour
 from qlora_operator.planner import Unfit, recipes
@@ -127,12 +128,12 @@ def test_weights_in_memory_are_the_weights_of_the_model(family: str, method: str
 
 
 def test_a_cap_on_the_logits_costs_one_more_copy_of_them():
-    """tanh keeps its own output, in the compute type, until its backward."""
+    """Of a tile: tanh's own output, in the compute type, until its backward."""
     capped = catalogue()["google/gemma-2-2b"].shape
     plain = capped.model_copy(update={"family": "gemma3_text"})
     recipe = given.recipe(method="lora", target_modules=["o_proj"], max_length=2048)
     more = items(capped, recipe)["logits and loss"] - items(plain, recipe)["logits and loss"]
-    assert more == 2048 * capped.vocab_size * 2
+    assert more == tile_rows(capped.vocab_size) * capped.vocab_size * 2 < 2048 * capped.vocab_size
 
 
 def test_a_cap_on_the_scores_costs_one_more_score_per_head_and_pair():
@@ -356,3 +357,14 @@ def test_nothing_is_left_of_a_step_of_any_family(name: str, attention: str):
     rank.step()
     assert dict(trace.held) == after_one
     assert not any(after_one[name] for name in ("MLP", "attention", "norms and residuals", "activation checkpoints"))
+
+
+def test_a_family_whose_head_is_not_known_has_whole_logits_in_plan_and_order() -> None:
+    known = catalogue()["meta-llama/Llama-3.1-8B"].shape
+    unknown = known.model_copy(update={"family": "from_tomorrow"})
+    recipe = given.recipe(max_length=4096)
+    assert (takes_loss_in_tiles(known), takes_loss_in_tiles(unknown)) == (True, False)
+    tiles, whole = (our_training(decoder_of(shape), recipe, 1) for shape in (known, unknown))
+    assert whole == replace(tiles, loss="logits", decoder=whole.decoder)
+    logits = 4096 * known.vocab_size
+    assert peak_of(tiles).items["logits and loss"] < 2 * logits < 12 * logits <= peak_of(whole).items["logits and loss"]

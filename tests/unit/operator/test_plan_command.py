@@ -89,7 +89,7 @@ def test_it_says_where_by_which_recipe_with_what_memory_and_why_not_elsewhere(
 def test_a_job_that_fits_nowhere_has_reasons_and_an_exit_code_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["plan", "-f", written(tmp_path, manifest()), "--gpus", "T4"]) == 1
+    assert main(["plan", "-f", written(tmp_path, manifest({"dataset.maxLength": 16384})), "--gpus", "T4"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[1].startswith("no plan (NoFlavourFits): ")
     assert "Tesla-T4: " in said[1]
@@ -97,7 +97,7 @@ def test_a_job_that_fits_nowhere_has_reasons_and_an_exit_code_of_its_own(
 
 
 def test_a_model_that_is_shared_by_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["plan", "-f", written(tmp_path, manifest()), "--gpus", "T4:4x2"]) == 0
+    assert main(["plan", "-f", written(tmp_path, manifest({"dataset.maxLength": 8192})), "--gpus", "T4:4x2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "runs on     2 × Tesla-T4 in 1 node"
     assert "adamw_torch_fused" in lines[2]

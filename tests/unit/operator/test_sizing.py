@@ -258,13 +258,13 @@ def test_what_waits_in_host_memory_is_not_on_the_gpu(method: str, gpus: int) -> 
     assert parameters.get("quantisation scales") == kept.get("quantisation scales"), "scales are no parameters"
     of_two_layers = 2 * sum(m.in_features * m.out_features * m.count for m in shape.linear) // shape.layers
     head = 2 * shape.vocab_size * shape.hidden_size
-    whole = head + (of_two_layers // 2 if method == "qlora" else 2 * of_two_layers)
-    assert parameters.get("gathered weights", 0) < 1.25 * whole  # from the host, a shard of one comes first
+    # two layers, or the head and what its gather came in; from the host, a shard of one comes first
+    whole = max(2 * head, of_two_layers // 2 if method == "qlora" else 2 * of_two_layers)
+    assert parameters.get("gathered weights", 0) < 1.25 * whole
 
 
 def test_fsdp_divides_what_is_sharded_and_leaves_the_scales_whole() -> None:
     one = our_training(decoder_of(SHAPES["meta-llama/Llama-3.1-70B"]), given.recipe(max_length=4096), 1)
-    one = replace(one, fused_loss=True)  # else the most is held while the loss is computed, and no layer is whole
     alone, shared = peak_of(one).items, peak_of(replace(one, gpus=4)).items
     assert shared["base weights"] == pytest.approx(alone["base weights"] / 4, rel=0.01)
     assert shared["optimizer state"] == pytest.approx(alone["optimizer state"] / 4, rel=0.01)
@@ -326,6 +326,7 @@ def test_a_step_of_several_micro_batches_begins_with_gradients() -> None:
         our_training(decoder_of(shape), given.recipe(rank=256, effective_batch_size=batch, max_length=2048), 2)
         for batch in (2, 32)
     )
+    one, several = (replace(training, loss="logits") for training in (one, several))  # the peak is before the backward
     more = peak_of(several).bytes - peak_of(one).bytes
     every = [module.name for module in shape.linear]
     adapted = 4 * lora_parameters(shape, rank=256, target_modules=given.recipe().target_modules or every)
