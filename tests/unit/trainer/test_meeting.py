@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from qlora_api.exchange import ExitCode, TrainOrder, parse_report
 from qlora_trainer import interruption
