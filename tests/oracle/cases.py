@@ -154,7 +154,7 @@ SMALL = (
     Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 2048, loss="logits", layers=5),
     Case("meta-llama/Llama-2-7b-hf", "qlora", 2, 1, 2048, layers=5),
     Case("meta-llama/Llama-3.1-8B", "qlora", 1, 1, 128, dora=True, layers=3),
-    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 512, dora=True, layers=3),
+    Case("HuggingFaceTB/SmolLM2-135M", "qlora", 2, 1, 1024, dora=True, layers=3),
     Case("mistralai/Mixtral-8x7B-v0.1", "qlora", 2, 1, 512, layers=3),
     Case("mistralai/Mixtral-8x7B-v0.1", "lora", 16, 1, 512, layers=3),
     Case(

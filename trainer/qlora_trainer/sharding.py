@@ -65,7 +65,7 @@ def load_sharded(
     register_fsdp_forward_method(model, "generate")
     spare_the_embedding(model)
     mine, all_bytes = shares_of(model)
-    log.info("this rank holds %.1f of %.1f MiB of weights", mine / 2**20, all_bytes / 2**20)
+    log.info("this rank holds %.2f of %.2f MiB of weights", mine / 2**20, all_bytes / 2**20)
     _require_all_sharded(model)
     return model
 
