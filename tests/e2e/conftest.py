@@ -19,6 +19,8 @@ from tests.e2e.troubleshooting import write_bad_files
 from tests.e2e.versions import Versions
 
 WHOLE_WAY = "the-whole-way"
+#: Some of the golden examples: to answer them all takes longer than a short training.
+FEW = "few.jsonl"
 #: Real pods do not run on nodes that only look like it.
 GPU_TAINT = {"key": gpus.RESOURCE, "value": "present", "effect": "NoSchedule"}
 
@@ -118,7 +120,9 @@ def product(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     namespace = f"e2e-{uuid.uuid4().hex[:6]}"
     cluster.create_namespace(namespace)
     bad = write_bad_files(tmp_path_factory.mktemp("data"), HERE / "train.jsonl")
-    fill_claim(cluster, namespace, built.trainer, (*(HERE / name for name in DATA), bad))
+    few = bad.with_name(FEW)
+    few.write_text("".join((HERE / "golden.jsonl").read_text().splitlines(keepends=True)[:8]))
+    fill_claim(cluster, namespace, built.trainer, (*(HERE / name for name in DATA), bad, few))
     yield Product(cluster, built, namespace)
     cluster.delete("namespace", namespace, wait=False)
 

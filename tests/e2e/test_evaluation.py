@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -82,5 +83,5 @@ def test_the_two_are_compared(product: Product, both: tuple[Manifest, Manifest])
 
 
 def environment(product: Product) -> dict[str, str]:
-    """Of a user's shell: kubectl on the PATH, and the base install."""
-    return {**product.cluster.environment(), "PYTHONPATH": ":".join(path for path in sys.path if path)}
+    """Of a user's shell: kubectl on the PATH, which keeps its cache in the home directory, and the base install."""
+    return {**os.environ, **product.cluster.environment(), "PYTHONPATH": ":".join(path for path in sys.path if path)}

@@ -24,7 +24,7 @@ from qlora_operator.metrics import OF_A_JOB, SERIES
 from tests.cluster import gpus, prometheus
 from tests.cluster.client import Manifest
 from tests.cluster.prometheus import Prometheus
-from tests.e2e.conftest import VALUES, Product, quickstart
+from tests.e2e.conftest import FEW, VALUES, Product, quickstart
 
 pytestmark = pytest.mark.e2e
 
@@ -93,7 +93,8 @@ def watched(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
             product.apply(quickstart(BLOCKED))
             cluster.wait("it is backed off", lambda: server.query("qlora_workqueue_backing_off > 0"), timeout=30)
             cluster.delete("qlorajobs.qlora.dev", BLOCKED, namespace)
-            job = quickstart(NAME, training=SHORT, evaluation={}, hardware={"accelerator": "nvidia"})
+            golden = {"golden": {"uri": f"pvc://quickstart/{FEW}"}}
+            job = quickstart(NAME, training=SHORT, evaluation=golden, hardware={"accelerator": "nvidia"})
             job["spec"]["output"]["formats"] = ["adapter"]
             product.apply(job)
             finished = product.wait_for(NAME, "Succeeded", timeout=500)
