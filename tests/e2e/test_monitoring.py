@@ -29,7 +29,13 @@ from tests.e2e.conftest import FEW, VALUES, Product, quickstart
 pytestmark = pytest.mark.e2e
 
 NAME, BLOCKED = "watched", "blocked"
-SHORT = {"maxSteps": 40, "learningRate": 2e-3, "effectiveBatchSize": 8, "gradientCheckpointing": False}
+SHORT = {
+    "maxSteps": 40,
+    "learningRate": 2e-3,
+    "effectiveBatchSize": 8,
+    "gradientCheckpointing": False,
+    "bestMetric": "exactMatch",
+}
 MONITORING = {
     "podMonitor": {"enabled": True, "interval": "1s"},
     "rules": {"enabled": True},
@@ -93,8 +99,10 @@ def watched(product: Product, tmp_path_factory: pytest.TempPathFactory) -> Itera
             product.apply(quickstart(BLOCKED))
             cluster.wait("it is backed off", lambda: server.query("qlora_workqueue_backing_off > 0"), timeout=30)
             cluster.delete("qlorajobs.qlora.dev", BLOCKED, namespace)
-            golden = {"golden": {"uri": f"pvc://quickstart/{FEW}"}}
-            job = quickstart(NAME, training=SHORT, evaluation=golden, hardware={"accelerator": "nvidia"})
+            few = {"uri": f"pvc://quickstart/{FEW}"}
+            job = quickstart(
+                NAME, training=SHORT, evaluation={"golden": few, "canary": few}, hardware={"accelerator": "nvidia"}
+            )
             job["spec"]["output"]["formats"] = ["adapter"]
             product.apply(job)
             finished = product.wait_for(NAME, "Succeeded", timeout=500)
