@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from qlora_api.v1alpha1 import BackEnd, JobSpec, quantity_bytes
+from qlora_api.v1alpha1 import BackEnd, JobSpec
+from qlora_operator.placement.nodes import amount
 
 DEFAULT_PATH = "/etc/qlora-operator/config.yaml"
 
@@ -29,7 +30,7 @@ class StageResources(_Strict):
     def memory_bytes(self) -> int:
         """What the container asks for of a node's memory; a limit alone is asked for, too. 0: nothing."""
         asked = self.requests.get("memory") or self.limits.get("memory")
-        return quantity_bytes(asked) if asked else 0
+        return amount(asked) if asked else 0
 
 
 class Settings(_Strict):

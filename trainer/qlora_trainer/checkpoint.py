@@ -7,7 +7,6 @@ step seeds its own (see training.py).
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Mapping
@@ -69,6 +68,8 @@ class Checkpoints:
         self.bound = dict(bound)
         self.directory = root / self.binding.removeprefix("sha256:")[:16]
         self.keep = keep
+        for left in self.directory.glob(".step-*"):  # by those who were killed
+            shutil.rmtree(left, ignore_errors=True)
         if not self._found():
             _refuse_others(root, self.bound)
 
@@ -81,19 +82,18 @@ class Checkpoints:
             shutil.rmtree(old)
         return target
 
-    def save_alone(self, checkpoint: Checkpoint, writer: int) -> bool:
-        """Write a checkpoint that other processes may be writing too, each with a number of its own as `writer`, and
-        remove none; whether this one has written it, for exactly one does."""
+    def save_alone(self, checkpoint: Checkpoint) -> bool:
+        """Write a checkpoint that other processes would write too, and remove none; whether this one has: the first
+        that comes does, for the volume has room for one."""
         target = self._at(checkpoint.progress.step)
         if target.exists():
             return False
         try:
-            with whole_directory(target, marker=f".{writer}", replace=False) as partial:
-                self._write(checkpoint, partial)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return False
-            raise
+            target.with_name(f".{target.name}.claim").mkdir(parents=True)
+        except FileExistsError:
+            return False
+        with whole_directory(target) as partial:
+            self._write(checkpoint, partial)
         return True
 
     def _at(self, step: int) -> Path:

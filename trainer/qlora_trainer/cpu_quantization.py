@@ -24,15 +24,15 @@ def quantised(
     flat = weights.reshape(-1)
     odd = -flat.numel() % blocksize
     whole = torch.nn.functional.pad(flat, (0, odd)) if odd else flat
-    packed = torch.empty(whole.numel() // 2, dtype=torch.uint8)
-    tops = torch.empty(whole.numel() // blocksize)
+    packed = torch.empty(whole.numel() // 2, dtype=torch.uint8, device=weights.device)
+    tops = torch.empty(whole.numel() // blocksize, device=weights.device)
     step = max(1, _AT_ONCE // blocksize) * blocksize
     for start in range(0, whole.numel(), step):
         part = whole[start : start + step].float().view(-1, blocksize)
         top = part.abs().amax(dim=1)
         scaled = (part * (1.0 / top.clamp(min=1e-38))[:, None]).view(-1)
-        codes = torch.zeros(scaled.numel(), dtype=torch.uint8)
-        above = torch.empty(scaled.numel(), dtype=torch.bool)
+        codes = torch.zeros(scaled.numel(), dtype=torch.uint8, device=weights.device)
+        above = torch.empty(scaled.numel(), dtype=torch.bool, device=weights.device)
         for bound in bounds.tolist():
             torch.gt(scaled, bound, out=above)
             codes += above.view(torch.uint8)

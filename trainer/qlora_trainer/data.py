@@ -135,7 +135,8 @@ class Examples:
 
     def spread(self, count: int) -> np.ndarray:
         """Which `count` of the different ones to look at closer: by hash, so from everywhere and always the same."""
-        hashes = _halves(self.keys[self.times > 0])[:, 1]
+        halves = _halves(self.keys[self.times > 0])
+        hashes = halves[:, 0] ^ halves[:, 1]  # each by itself has chosen already: what is held out, what counts in part
         chosen = np.zeros(len(hashes), bool)
         chosen[np.argsort(hashes, kind="stable")[:count]] = True
         return chosen

@@ -116,7 +116,7 @@ def require_rows_as_quantised(recipe: Recipe, shape: ModelShape, device: torch.d
     Only CPUs are looked at: for a GPU bitsandbytes hands its kernel the number of weights and no rows (read in its
     code, not verified on a GPU). Routed experts are never affected: theirs are dequantised a row per block.
     """
-    if recipe.method != "qlora" or device.type != "cpu":
+    if recipe.method != "qlora" or recipe.half_quadratic or device.type != "cpu":
         return
     for module in shape.linear:
         if not reads_rows_right(module.in_features):

@@ -122,11 +122,12 @@ def inspect(order: InspectOrder, pod: Pod) -> Inspection:
         model_revision=revisions.pop(MODEL, None),
         data_revisions=revisions,
     )
-    return _that_fits(order, found)
+    return that_fits(order, found)
 
 
-def _that_fits(order: InspectOrder, found: Inspection) -> Inspection:
-    """`found` as a termination message can hold it: places of findings go first, then the least grave findings.
+def that_fits(order: InspectOrder, found: Inspection) -> Inspection:
+    """`found` as a termination message can hold it: places of findings go first, then the least grave findings, and
+    at last the sources' shares.
 
     All of them are in the log.
     """
@@ -141,6 +142,8 @@ def _that_fits(order: InspectOrder, found: Inspection) -> Inspection:
                 findings[placed[-1]] = findings[placed[-1]].model_copy(update={"example": None})
             elif findings:
                 findings.pop()
+            elif found.sources:
+                found = found.model_copy(update={"sources": type(found.sources)()})
             else:
                 raise
             found = found.model_copy(update={"findings": findings})

@@ -103,7 +103,7 @@ def learn(
     def rescue() -> None:
         optimizer.zero_grad()
         try:
-            if checkpoints.save_alone(reached(), writer=ranks.rank):
+            if checkpoints.save_alone(reached()):
                 log.warning("checkpoint at step %d before the process ends", progress.step)
         except Exception as error:  # noqa: BLE001  what ended the step is what is to be told
             log.warning("no checkpoint at step %d: %s: %s", progress.step, type(error).__name__, error)

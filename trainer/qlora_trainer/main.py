@@ -38,7 +38,7 @@ from qlora_trainer.watchdog import Watchdog
 from qlora_trainer.words import leave_word
 
 #: What is said of a rank, or of a pod's first process, that was told to stop while it waited for others.
-_WHILE_WAITING = "told to stop (SIGTERM) while waiting for the other ranks, with nothing to save"
+_WHILE_WAITING = "told to stop (SIGTERM) while a library was at work, with nothing to save"
 
 #: Where each stage is; imported when its turn comes, for publish needs no torch and merge no transformers.
 STAGES = {

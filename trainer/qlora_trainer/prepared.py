@@ -245,4 +245,5 @@ def _write_part(
 
 
 def _read_examples(path: Path) -> list[Example]:
-    return [Example(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8", newline="\n") as lines:  # texts hold other ends of lines, such as U+2028
+        return [Example(**json.loads(line)) for line in lines]

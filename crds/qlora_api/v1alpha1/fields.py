@@ -53,7 +53,7 @@ LOOKS_LIKE = {
 SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 BYTES_PER_UNIT = {"": 1} | {
     prefix + suffix: factor**power
-    for suffix, factor, prefixes in (("", 1000, "kMGTP"), ("i", 1024, "KMGTP"))
+    for suffix, factor, prefixes in (("", 1000, "kMGTPE"), ("i", 1024, "KMGTPE"))
     for power, prefix in enumerate(prefixes, start=1)
 }
 

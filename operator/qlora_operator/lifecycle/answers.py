@@ -89,10 +89,10 @@ ANSWERS: dict[Outcome, Row] = {
     Outcome.OUT_OF_MEMORY: Row(
         "exit code 13",
         "ran out of GPU memory",
-        "again at once, from the checkpoint, with half the micro-batch and twice the accumulation; at micro-batch 1 "
-        "with `training.gradientCheckpointing`, where the plan had left it out, then with `training.offload: "
-        "activations`, each if the spec leaves it open; then, or with `retry.onOutOfMemory: fail`, the job fails and "
-        "says what would do, and what of the spec ruled it out",
+        "again at once, from the checkpoint, with less: activations recomputed, where the plan had kept them; then "
+        "half the micro-batch and twice the accumulation; at micro-batch 1 `training.offload: activations`, if the "
+        "spec leaves it and `training.gradientCheckpointing` open; then, or with `retry.onOutOfMemory: fail`, the job "
+        "fails and says what would do, and what of the spec ruled it out",
         change=Change.LESS_GPU_MEMORY,
     ),
     Outcome.HOST_OUT_OF_MEMORY: Row(

@@ -65,7 +65,7 @@ def plan_is_missing(job: Job, seen: Observed, now: datetime) -> Step | None:
 
 
 def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
-    """On GPUs that a training ran out of memory on, it takes no more than it was brought down to."""
+    """On GPUs that a training ran out of memory on, it takes no more than it was brought down to, and than `made`."""
     old = status.plan
     ran_out = any(attempt.outcome == Outcome.OUT_OF_MEMORY for attempt in status.attempts)
     if old is None or not ran_out or made.micro_batch_size < old.micro_batch_size:
@@ -73,7 +73,8 @@ def _not_larger_than_what_fitted(made: Plan, status: JobStatus) -> Plan:
     if (old.flavour, old.gpus) != (made.flavour, made.gpus) or status.inspection is None:
         return made
     alike = made.model_copy(update={"sharded": old.sharded})
-    return planner.resized(alike, status.inspection, old.recipe, old.micro_batch_size)
+    brought_down = planner.resized(alike, status.inspection, old.recipe, old.micro_batch_size)
+    return min(brought_down, made, key=lambda plan: plan.memory.total_bytes)
 
 
 def planned_for(job: Job) -> str:

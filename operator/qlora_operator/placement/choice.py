@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_api.exchange import ModelShape, Recipe
 from qlora_operator.placement.flavours import Flavour, Refused
+from qlora_operator.sizing.families import FAMILIES
 from qlora_operator.sizing.memory import GIB, Memory, training_memory
 
 #: Below this a step is bound by dequantising weights, not by arithmetic (training.md: three dequantisations a step).
@@ -162,11 +163,15 @@ def choose(
 def keeping_activations(shape: ModelShape, placed: Placed, headroom_percent: int) -> Placed:
     """`placed` with activations kept and not recomputed, where the GPU has the room; else `placed` itself.
 
-    The micro-batch stays: of six FLOPs per token and weight of the frozen base two are for recomputation.
+    The micro-batch stays: of six FLOPs per token and weight of the frozen base two are for recomputation. Recomputed,
+    one layer's activations are there at a time; kept, those of all, and so is what the plan errs by. So they are kept
+    only where the plan has been held against real code without recomputation: one GPU's whole dense model of a family
+    whose blocks are known.
     """
+    if placed.sharded or shape.experts or shape.family not in FAMILIES:
+        return placed
     recipe = placed.recipe.model_copy(update={"gradient_checkpointing": False})
-    gpus = placed.layout.gpus if placed.sharded else 1
-    memory = training_memory(shape, recipe, micro_batch_size=placed.micro_batch_size, gpus=gpus)
+    memory = training_memory(shape, recipe, micro_batch_size=placed.micro_batch_size)
     if with_headroom(memory.total_bytes, headroom_percent) > placed.flavour.memory_bytes:
         return placed
     return replace(placed, recipe=recipe, memory=memory)
@@ -343,19 +348,23 @@ class _Search:
         """Changes that a user can make, each tried alone."""
         wishes = self._wishes
         shared = self._with(recipe, "optimizer", SHARED_OPTIMIZER)
-        if layout.gpus > 1 == share and self._fits(shared, size, layout.gpus, flavour):
+        alone = layout.gpus > 1 == share  # each of several has the whole model, and could have a part
+        if alone and not recipe.half_quadratic and self._fits(shared, size, layout.gpus, flavour):
             yield f"with training.optimizer {SHARED_OPTIMIZER}"
+        if recipe.half_quadratic and self._fits(self._with(recipe, "quant_type", "nf4"), size, layout.gpus, flavour):
+            yield "with quantization.type nf4"
         if wishes.micro_batch_size and self._fits(recipe, 1, share, flavour) and size > 1:
             yield "with training.microBatchSize 1"
         if length := self._longest(flavour, share, recipe, size):
             yield f"with dataset.maxLength ≤ {length}"
         for name, value, words in _SAVINGS:
-            if getattr(recipe, name) == value:
+            changed = self._with(recipe, name, value)
+            if getattr(recipe, name) == value or (changed.half_quadratic and share > 1):
                 continue
-            if self._fits(self._with(recipe, name, value), size, share, flavour):
+            if self._fits(changed, size, share, flavour):
                 yield words
         for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
-            if offload == "parameters" and (recipe.half_quadratic or layout.gpus > 1 == share):
+            if offload == "parameters" and (recipe.half_quadratic or alone):
                 continue
             if self._fits(self._with(recipe, "offload", offload), size, share, flavour):
                 yield f"with training.offload {offload}"

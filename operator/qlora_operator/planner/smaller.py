@@ -85,7 +85,7 @@ def _half_the_micro_batch(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | Non
 
 
 def _recomputed_activations(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | None:
-    """Where the plan has kept them because there seemed to be room, and not the spec."""
+    """Where the plan has kept them because there seemed to be room, and not the spec. It gives back the most."""
     if plan.recipe.gradient_checkpointing or spec.training.gradient_checkpointing is not None:
         return None
     return plan.recipe.model_copy(update={"gradient_checkpointing": True}), plan.micro_batch_size
@@ -101,4 +101,4 @@ def _offloaded_activations(spec: JobSpec, plan: Plan) -> tuple[Recipe, int] | No
     return recipe.model_copy(update={"offload": "activations"}), plan.micro_batch_size
 
 
-LADDER: tuple[Rung, ...] = (_half_the_micro_batch, _recomputed_activations, _offloaded_activations)
+LADDER: tuple[Rung, ...] = (_recomputed_activations, _half_the_micro_batch, _offloaded_activations)

@@ -289,7 +289,7 @@ LADDERS: list[Any] = [
     # what the spec says, whether activations are recomputed at first, what is changed from attempt to attempt
     pytest.param({}, True, [*HALVED, "offload none → activations"], id="left open"),
     pytest.param(
-        {}, False, [*HALVED, "gradient checkpointing off → on", "offload none → activations"], id="kept by the plan"
+        {}, False, ["gradient checkpointing off → on", *HALVED, "offload none → activations"], id="kept by the plan"
     ),
     pytest.param(
         {"training.gradientCheckpointing": True}, True, [*HALVED, "offload none → activations"], id="asked for"

@@ -324,6 +324,11 @@ def test_gpus_do_not_share_a_base_in_hqq() -> None:
     asked = made("llama-3.1-405b", 1024, HQQ | {"hardware.gpus": 8}, CLUSTER, installation=WITH_HQQ)
     assert isinstance(asked, Unfit)
     assert "with quantization.type hqq GPUs do not share the model" in asked.message
+    assert "training.optimizer" not in asked.message
+    asked = made("llama-3.1-70b", 1024, HQQ | {"hardware.gpus": 4, "hardware.gpuProducts": ["NVIDIA-L40S"]}, CLUSTER,
+                 installation=WITH_HQQ)  # fmt: skip
+    assert isinstance(asked, Unfit)
+    assert "fits with quantization.type nf4" in asked.message.replace("fits with dataset.maxLength", "")
 
 
 def test_offline_with_a_judge_in_the_cluster_is_no_contradiction() -> None:
@@ -385,6 +390,7 @@ def test_activations_are_kept_where_there_is_room() -> None:
     [
         pytest.param("llama-3.1-70b", {"method": "qlora"}, id="no room"),
         pytest.param("llama-3.1-8b", {"training.offload": "activations"}, id="those that wait in host memory"),
+        pytest.param("llama-3.1-70b", {"hardware.gpus": 8}, id="GPUs share the model"),
     ],
 )
 def test_activations_are_recomputed_where_there_is_none(model: str, edits: Raw) -> None:

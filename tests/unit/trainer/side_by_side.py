@@ -43,6 +43,7 @@ def forked(work: Callable[[], object], environment: Mapping[str, str]) -> int:
     code = 1
     try:
         os.environ.update(environment)
+        torch.set_num_threads(1)  # makes a forked thread pool good, which two threads at once would find half made
         work()
         code = 0
     except SystemExit as end:

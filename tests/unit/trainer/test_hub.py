@@ -21,6 +21,7 @@ from qlora_api.exchange import (
     DataOrder,
     DataSource,
     ExitCode,
+    SourceShare,
     succeeded,
     train_field,
 )
@@ -29,7 +30,7 @@ from qlora_trainer.artifacts import file_digest
 from qlora_trainer.environment import Pod
 from qlora_trainer.failures import BadInput, StageError, Unavailable, describe
 from qlora_trainer.hub import MIRROR_ENV, open_hub
-from qlora_trainer.inspection import inspect
+from qlora_trainer.inspection import inspect, that_fits
 from qlora_trainer.interruption import Interruption
 from qlora_trainer.merge import merge
 from qlora_trainer.training import train
@@ -605,5 +606,7 @@ def test_the_commits_of_as_many_sources_as_there_may_be_fit_a_report(shop: Shop)
     found = inspect(order, shop.pod)
     fields = [*(train_field(index) for index in range(32)), EVAL_FIELD, GOLDEN_FIELD]
     commit = found.data_revisions[train_field(0)]
-    most = found.model_copy(update={"data_revisions": dict.fromkeys(fields, commit)})
+    shares = [SourceShare(examples_percent=3.13, tokens_percent=12.34)] * 32
+    most = found.model_copy(update={"data_revisions": dict.fromkeys(fields, commit), "sources": shares})
+    most = that_fits(order, most)
     assert json.loads(succeeded(order, most).fitted())["result"]["dataRevisions"] == dict.fromkeys(fields, commit)

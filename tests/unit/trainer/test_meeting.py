@@ -117,7 +117,7 @@ def test_a_rank_that_another_one_keeps_waiting_leaves_at_once(
     assert code_of(first) == -signal.SIGKILL
     (word,) = words_in(tmp)
     assert (word.rank, word.code, word.foreseen) == (1, ExitCode.INTERRUPTED, True)
-    said = "told to stop (SIGTERM) while waiting for the other ranks, with nothing to save"
+    said = "told to stop (SIGTERM) while a library was at work, with nothing to save"
     assert parse_report(word.report).failure == said
 
 

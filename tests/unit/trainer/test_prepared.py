@@ -108,6 +108,13 @@ def test_damaged_rows_are_made_anew(place: Place, caplog: pytest.LogCaptureFixtu
     assert "its files are not those of its manifest" in caplog.text
 
 
+def test_known_answers_may_hold_other_ends_of_lines(place: Place) -> None:
+    question, answer = "A\u2028carp?", "fi\u0085sh"
+    write_jsonl(place.claims / "data" / "golden.jsonl", [chat(question, answer)] * 2)
+    found = made(place, place.train_order(place.data()))
+    assert [example.expected for example in found.golden] == [answer] * 2
+
+
 def test_data_that_was_changed_is_not_prepared(place: Place) -> None:
     order = place.train_order()
     write_jsonl(place.claims / "data" / "golden.jsonl", [chat("A carp?", "fish")])

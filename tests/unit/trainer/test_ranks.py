@@ -136,7 +136,7 @@ def test_two_ranks_share_a_model_and_one_goes_on_alone(place: Place, name: str |
     assert report.failure == f"told to stop at step {reached} of 24; the next attempt goes on there"
     found = re.search(r"this rank holds ([\d.]+) of ([\d.]+) MiB", output)
     assert found
-    assert float(found[1]) == pytest.approx(float(found[2]) / 2, rel=0.05)
+    assert float(found[1]) == pytest.approx(float(found[2]) / 2, abs=0.011)
 
     result = train(order.model_copy(update={"attempt": 2}), place.pod)
     assert result.resumed_from_step == reached
