@@ -366,7 +366,8 @@ class _Search:
         for offload in _OFFLOADS[_OFFLOADS.index(recipe.offload) + 1 :]:
             if offload == "parameters" and (recipe.half_quadratic or alone):
                 continue
-            if self._fits(self._with(recipe, "offload", offload), size, share, flavour):
+            stepped = shared if offload == "parameters" else recipe
+            if self._fits(self._with(stepped, "offload", offload), size, share, flavour):
                 yield f"with training.offload {offload}"
                 break
         for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):

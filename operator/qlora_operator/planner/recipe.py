@@ -75,6 +75,14 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
     methods: list[Method] = [spec.method] if spec.method else either
     on_cpu = spec.hardware.accelerator == CPU
     training = spec.training
+    on_host = training.offload == "parameters"  # FSDP2 keeps them there, of one GPU too
+    if on_host and training.optimizer in ONE_GPU_OPTIMIZERS:
+        return Unfit(
+            "OptimizerCannotStep",
+            f"spec.training.optimizer: {training.optimizer} cannot step weights under training.offload: parameters: "
+            f"leave the optimizer out, or give {SHARED_OPTIMIZER}",
+            final=True,
+        )
     neither = training.epochs is None and training.max_steps is None
     best = training.best_metric if training.best_metric != "evalLoss" or spec.dataset.holds_out else None
     return [
@@ -101,7 +109,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             schedule=training.schedule,
             warmup_fraction=training.warmup_fraction,
             effective_batch_size=training.effective_batch_size,
-            optimizer=training.optimizer or "paged_adamw_8bit",
+            optimizer=training.optimizer or (SHARED_OPTIMIZER if on_host else "paged_adamw_8bit"),
             seed=training.seed,
             **_whereabouts(spec),
             attention=attention,

@@ -416,6 +416,17 @@ def test_what_starts_from_whole_weights_is_shared_as_a_plain_adapter_is(edits: R
     assert alone.recipe.offload == "parameters"
 
 
+def test_offloaded_parameters_are_stepped_by_what_can_step_them() -> None:
+    """Of one GPU too they are FSDP2's, and bitsandbytes' optimizers fail on them at the first step."""
+    edits: Raw = {"training.offload": "parameters", "hardware.gpus": 1}
+    assert planned("llama-3.1-8b", 1024, edits, CLUSTER).recipe.optimizer == "adamw_torch_fused"
+    refusal = made("llama-3.1-8b", 1024, edits | {"training.optimizer": "paged_adamw_8bit"}, CLUSTER)
+    assert isinstance(refusal, Unfit)
+    assert (refusal.reason, refusal.final) == ("OptimizerCannotStep", True)
+    assert "leave the optimizer out, or give adamw_torch_fused" in refusal.message
+    assert planned("llama-3.1-8b", 1024, {"hardware.gpus": 1}, CLUSTER).recipe.optimizer == "paged_adamw_8bit"
+
+
 def test_a_dora_takes_more_than_a_lora() -> None:
     """Its magnitudes, a unit matrix and each weight in the adapter's type while its layer is at work."""
     edits: Raw = {"method": "qlora", "training.microBatchSize": 1, "training.gradientCheckpointing": True}
