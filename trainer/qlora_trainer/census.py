@@ -16,6 +16,7 @@ from qlora_api.exchange import Recipe
 from qlora_trainer.environment import log
 from qlora_trainer.failures import BadInput
 from qlora_trainer.model import BaseModel, block_linears, empty_model
+from qlora_trainer.quantization import kept_in_fp32, packs_experts
 
 GIB = 1024**3
 
@@ -53,12 +54,9 @@ def census(model: Any, base: BaseModel, recipe: Recipe, device: torch.device) ->
     four = recipe.method == "qlora"
     in_4_bits = {f"{name}.weight" for name in block_linears(shapes)} if four else set()
     weights = {name: parameter.numel() for name, parameter in shapes.named_parameters()}
-    if four and base.shape.experts_quantized:
+    if packs_experts(base, recipe):
         experts = {weights.name for weights in base.shape.experts}
         in_4_bits |= {name for name in weights if name.rpartition(".")[2] in experts}
-    kept = {*(model._keep_in_fp32_modules_strict or ())}
-    if recipe.compute_dtype == "float16":
-        kept |= {*(model._keep_in_fp32_modules or ())}
     found = [
         Held(
             _name_in_the_base(name),
@@ -71,7 +69,11 @@ def census(model: Any, base: BaseModel, recipe: Recipe, device: torch.device) ->
         if ".lora_" not in name
     ]
     place = "cpu" if recipe.offload == "parameters" else device.type
-    compare(found, Expected(weights, frozenset(in_4_bits), recipe.compute_dtype, place, frozenset(kept)), base.uri)
+    compare(
+        found,
+        Expected(weights, frozenset(in_4_bits), recipe.compute_dtype, place, kept_in_fp32(model, recipe)),
+        base.uri,
+    )
     log.info("loaded %s", described(found, in_4_bits))
 
 

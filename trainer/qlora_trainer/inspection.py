@@ -143,7 +143,7 @@ def that_fits(order: InspectOrder, found: Inspection) -> Inspection:
             elif findings:
                 findings.pop()
             elif found.sources:
-                found = found.model_copy(update={"sources": type(found.sources)()})
+                found = found.model_copy(update={"sources": []})
             else:
                 raise
             found = found.model_copy(update={"findings": findings})

@@ -37,8 +37,8 @@ from qlora_trainer.reporting import Reporter, Server
 from qlora_trainer.watchdog import Watchdog
 from qlora_trainer.words import leave_word
 
-#: What is said of a rank, or of a pod's first process, that was told to stop while it waited for others.
-_WHILE_WAITING = "told to stop (SIGTERM) while a library was at work, with nothing to save"
+#: What is said of a rank, or of a pod's first process, that was told to stop and could not hear of it in time.
+_WHILE_DEAF = "told to stop (SIGTERM) while a library was at work, with nothing to save"
 
 #: Where each stage is; imported when its turn comes, for publish needs no torch and merge no transformers.
 STAGES = {
@@ -79,7 +79,7 @@ def main() -> int:
         order = parse_order(text)
         log.info("%s of job %s/%s, attempt %d", order.stage, order.namespace, order.job, order.attempt)
         if isinstance(order, TrainOrder) and order.ranks > 1:
-            interruption.leave_when_deaf(lambda: _leave(order, report_path, ExitCode.INTERRUPTED, _WHILE_WAITING))
+            interruption.leave_when_deaf(lambda: _leave(order, report_path, ExitCode.INTERRUPTED, _WHILE_DEAF))
             if "RANK" not in os.environ:
                 from qlora_trainer.launch import launch  # it imports torch
 

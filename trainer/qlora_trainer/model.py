@@ -159,14 +159,19 @@ def _files_of(model: Any, weights: Weights) -> dict[str, list[TensorEntry]]:
 
 def stored_parts(model: Any, weights: Weights) -> dict[str, list[str]]:
     """By what the model calls a parameter, the names of what the files hold of it."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    joined = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, joined = _rules_of(model)
     names: dict[str, list[str]] = {}
     for stored in weights.tensors:
         name, _ = rename_source_key(stored, renamings, joined)
         names.setdefault(name, []).append(stored)
     return names
+
+
+def _rules_of(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """transformers' rules for names that have changed since, and for weights that are put together from several."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 @dataclass(frozen=True)
@@ -190,9 +195,7 @@ def stored_as(model: Any, weights: Weights) -> dict[str, Stored]:
 
     Raises BadInput when several weights are one tensor in the files.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    joined = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, joined = _rules_of(model)
     by_source = {source: rule for rule in joined for source in rule.source_patterns}
     found: dict[str, Stored] = {}
     for stored in sorted(weights.tensors, key=dot_natural_key):

@@ -37,7 +37,7 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
     from qlora_trainer.half_quadratic import by_hqq
 
     dtype = getattr(torch, recipe.compute_dtype)
-    packs = recipe.method == "qlora" and base.shape.experts_quantized
+    packs = packs_experts(base, recipe)
     quantization = None
     if recipe.half_quadratic:
         quantization = by_hqq()
@@ -72,6 +72,19 @@ def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> 
     return model
 
 
+def packs_experts(base: BaseModel, recipe: Recipe) -> bool:
+    """Whether routed experts are held in 4 bits."""
+    return recipe.method == "qlora" and base.shape.experts_quantized
+
+
+def kept_in_fp32(model: Any, recipe: Recipe) -> frozenset[str]:
+    """Parts of names of what the model's own code wants in fp32, some of it beside float16 only."""
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if recipe.compute_dtype == "float16":
+        kept |= {*(model._keep_in_fp32_modules or ())}
+    return frozenset(kept)
+
+
 def quantized_modules(model: Any) -> list[str]:
     """Names of the layers that are held in 4 bits, as the base has them (PEFT wraps those that it adapts)."""
     found = (name for name, module in model.named_modules() if _is_in_4_bits(module))
@@ -94,7 +107,7 @@ def dequantised(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     The training loads weights in the compute type and quantises those; so does this.
     """
     loaded = weight.to(getattr(torch, recipe.compute_dtype))
-    if recipe.quant_type == "hqq":
+    if recipe.half_quadratic:
         from qlora_trainer.half_quadratic import round_trip
 
         return round_trip(loaded).float()

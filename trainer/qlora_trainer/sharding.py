@@ -27,7 +27,7 @@ from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import log
 from qlora_trainer.experts import PACKED, PackedExperts, packable, quantised_experts
 from qlora_trainer.model import BaseModel, Stored, block_linears, stored_as
-from qlora_trainer.quantization import EXPERT_MATRICES
+from qlora_trainer.quantization import EXPERT_MATRICES, kept_in_fp32, packs_experts
 from qlora_trainer.starts import factors_of, magnitudes_unset, make_good, set_magnitudes
 
 #: What PEFT puts into the names of a base's weights.
@@ -47,7 +47,7 @@ def load_sharded(
     stored = stored_as(model, base.weights)
     with magnitudes_unset():
         model = with_adapter(model, recipe, base)
-    reader = _Reader(base, recipe, stored, device, in_fp32=_kept_in_fp32(model, recipe))
+    reader = _Reader(base, recipe, stored, device, in_fp32=kept_in_fp32(model, recipe))
     policy = OffloadPolicy()
     if recipe.offload == "parameters":
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -65,7 +65,7 @@ def load_sharded(
     register_fsdp_forward_method(model, "generate")
     spare_the_embedding(model)
     mine, all_bytes = shares_of(model)
-    log.info("this rank holds %.2f of %.2f MiB of weights", mine / 2**20, all_bytes / 2**20)
+    log.info("this rank holds %.3f of %.3f MiB of weights", mine / 2**20, all_bytes / 2**20)
     _require_all_sharded(model)
     return model
 
@@ -114,21 +114,9 @@ def _without_weights(base: BaseModel, recipe: Recipe) -> Any:
         hollow = hollow.expand(linear.out_features, linear.in_features)
         linear.weight = _packed(hollow, recipe, dtype) if quantised else nn.Parameter(hollow, requires_grad=False)
     model.is_loaded_in_4bit = recipe.method == "qlora"
-    if _packs_experts(base, recipe):
+    if packs_experts(base, recipe):
         model.set_experts_implementation(PACKED)
     return model
-
-
-def _packs_experts(base: BaseModel, recipe: Recipe) -> bool:
-    return recipe.method == "qlora" and base.shape.experts_quantized
-
-
-def _kept_in_fp32(model: Any, recipe: Recipe) -> frozenset[str]:
-    """Parts of names of what the model's own code wants in fp32, some of it beside float16 only."""
-    kept = {*(model._keep_in_fp32_modules_strict or ())}
-    if recipe.compute_dtype == "float16":
-        kept |= {*(model._keep_in_fp32_modules or ())}
-    return frozenset(kept)
 
 
 def _packed(values: torch.Tensor, recipe: Recipe, storage: torch.dtype, module: Linear4bit | None = None) -> Any:
@@ -159,7 +147,7 @@ class _Reader:
 
     def fill(self, model: Any, part: nn.Module) -> None:
         """Give every weight and buffer of `part` that has none its values; adapters go to the device as they are."""
-        paths = {id(module): path for path, module in model.named_modules()}
+        paths = _paths_of(model)
         for module in part.modules():
             self._fill_buffers(model, module, paths[id(module)])
             for key, old in list(module.named_parameters(recurse=False)):
@@ -180,9 +168,11 @@ class _Reader:
     def start(self, model: Any, part: nn.Module) -> None:
         """Set what the adapters of `part` take from its weights, which are there: the first rank makes LoftQ's factors,
         for another might come out with the opposite signs."""
-        for path, module in model.named_modules():
-            if not isinstance(module, LoraLayer) or not any(module is inside for inside in part.modules()):
+        paths = _paths_of(model)
+        for module in part.modules():
+            if not isinstance(module, LoraLayer):
                 continue
+            path = paths[id(module)]
             if self._recipe.init == "loftq":
                 stored = self._stored[_own_name(f"{path}.base_layer.weight")]
                 if dist.get_rank() == 0:
@@ -270,6 +260,11 @@ class _Reader:
 
     def _opened(self, stored: str) -> Any:
         return safe_open(self._base.directory / self._base.weights.tensors[stored].file, framework="pt")
+
+
+def _paths_of(model: nn.Module) -> dict[int, str]:
+    """Where each module stands."""
+    return {id(module): path for path, module in model.named_modules()}
 
 
 def _own_name(name: str) -> str:

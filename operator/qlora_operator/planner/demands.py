@@ -11,7 +11,7 @@ from qlora_api.exchange import Recipe
 from qlora_api.v1alpha1 import BackEnd, JobSpec
 from qlora_operator.placement.choice import Placed, Wishes
 from qlora_operator.placement.flavours import Demands, Flavour, Refused
-from qlora_operator.planner.recipe import CPU, Unfit
+from qlora_operator.planner.recipe import CPU, Unfit, asks_for_hqq
 
 #: Nodes with GPUs are commonly tainted with the resource's name (as the ExtendedResourceToleration plugin expects).
 GPU_TOLERATIONS: tuple[dict[str, Any], ...] = (
@@ -69,7 +69,7 @@ def contradiction(spec: JobSpec, installation: Installation) -> Unfit | None:
             "set HF_ENDPOINT in the chart's stageEnv, or give the place of a copy (pvc://, s3://)",
             final=True,
         )
-    if spec.quantization.type == "hqq" and spec.method != "lora" and (refusal := _without_hqq(spec, installation)):
+    if asks_for_hqq(spec) and (refusal := _without_hqq(spec, installation)):
         return refusal
     if hardware.accelerator == CPU:
         return None

@@ -53,7 +53,7 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
             f"spec.dataset.maxLength: {max_length} tokens, the model takes {shape.max_position}",
             final=True,
         )
-    if spec.quantization.type == "hqq" and spec.method != "lora" and (reason := _not_in_hqq(shape)):
+    if asks_for_hqq(spec) and (reason := _not_in_hqq(shape)):
         return Unfit("NotWithHqq", f"spec.quantization.type: hqq cannot hold {reason}; use nf4", final=True)
     usual = attention_by_default(shape)
     attention = spec.training.attention or usual
@@ -120,6 +120,11 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
         )
         for method in methods
     ]
+
+
+def asks_for_hqq(spec: JobSpec) -> bool:
+    """Whether the base is to be in HQQ's 4 bits, or may come to be: where the method is left open."""
+    return spec.quantization.type == "hqq" and spec.method != "lora"
 
 
 def _not_in_hqq(shape: ModelShape) -> str | None:
