@@ -102,8 +102,18 @@ def test_a_training_that_diverges_is_given_up_at_once(product: Product, all_at_o
 
 
 def test_a_full_volume_is_told_and_kept(product: Product, all_at_once: None) -> None:
-    job = failed(product, FULL)
-    assert ended(job)[0]["exitCode"] == 17
+    job = product.cluster.wait(
+        f"{FULL.name} stands still",
+        lambda: product.job(FULL.name),
+        lambda job: condition(job, "Ready").get("reason") == FULL.reason,
+        300,
+        product.namespace,
+        interval=1,
+    )
+    assert job["status"]["phase"] == FULL.phase
+    assert FULL.is_said_in(job["status"]["message"]), job["status"]["message"]
+    assert judge([job])[0].status == "Failed", "as kstatus has it: nothing goes on by itself"
+    assert [(a["outcome"], a["exitCode"]) for a in ended(job)] == [("VolumeFull", 17)], "it is not tried again"
     assert job["spec"]["storage"]["retain"] == "Delete"
     assert job["status"]["workVolume"]["retained"]
     invariants.check(product.cluster, job)

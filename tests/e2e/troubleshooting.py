@@ -255,12 +255,14 @@ DIVERGED = Trouble(
     },
 )  # fmt: skip
 FULL = Trouble(
-    "full", "Failed", "VolumeFull",
-    "found a volume full: the work volume of … has no room left: apply the job anew with a larger storage.size, or "
-    "enlarge the claim that storage.claimName names; what is on it is kept",
-    "A checkpoint, the adapter or the merged model did not fit. What was there before is whole, and kept even with "
-    "`storage.retain: Delete`.",
-    "As it says. The old volume goes with the failed job.",
+    "full", "Training", "VolumeFull",
+    "found a volume full: the work volume of … has no room left: what is on it is kept; enlarge its claim, or make "
+    "room on it; then set spec.suspend to true and back to false",
+    "A checkpoint, the adapter or the merged model did not fit. What was there before is whole. The job is `Stalled`, "
+    "which Flux, Argo CD and `helm --wait` take for failed; it holds no GPU.",
+    "As it says (`kubectl patch pvc` where the storage class has `allowVolumeExpansion`), and it goes on from the last "
+    "checkpoint. The same for the claim of `output.uri`: what is trained is not trained again. Another job cannot go "
+    "on from there: to give up, delete this one, and its volume goes with it.",
     {"storage": {"retain": "Delete", "size": "1Gi"}, "checkpoint": {"every": "1s"}},
 )  # fmt: skip
 KEPT_BACK = Trouble(
@@ -296,7 +298,12 @@ def page() -> str:
         "## It has failed\n",
         "`Failed`: another attempt would end the same way, so there is none. Flux, Argo CD and `helm --wait` see it at "
         "once.\nA job is one run: the corrected one needs another name, or the failed one deleted first.\n",
-        _table((*REFUSED, TAKEN, DIVERGED, FULL, KEPT_BACK)),
+        _table((*REFUSED, TAKEN, DIVERGED, KEPT_BACK)),
+        "A failed job is not taken up again, and another one does not go on from its checkpoints, for each works in a "
+        "directory of its own.\nWhat is on the volume that `storage.retain` keeps can be copied.\n",
+        "## It stands still\n",
+        "`Stalled=True`, and not failed: it goes on when somebody has done what the message says.\n",
+        _table((FULL,)),
         "## It waits\n",
         "`Ready=False`, `Reconciling=True`: it goes on by itself when the cause is gone.\n",
         _table((*WAITING, KILLED, DRAINED)),

@@ -120,15 +120,12 @@ def _which_is_full(order: Order | None) -> str:
     if order.stage is Stage.PUBLISH and is_claim(order.output_uri):
         claim = claim_of(order.output_uri)[0]
         return (
-            f"output.uri: the claim {claim} has no room left: make room on it, or enlarge it, and apply the job anew; "
-            "what was made is on the work volume"
+            f"output.uri: the claim {claim} has no room left: what was made is on the work volume; make room on "
+            "the claim, or enlarge it"
         )
     try:
         gib = shutil.disk_usage(order.work_dir).total / 2**30
         size = f" of {gib:.1f} GiB" if gib >= 1 else f" of {gib * 1024:.0f} MiB"
     except OSError:
         size = ""
-    return (
-        f"the work volume{size} has no room left: apply the job anew with a larger storage.size, or enlarge the claim "
-        "that storage.claimName names; what is on it is kept"
-    )
+    return f"the work volume{size} has no room left: what is on it is kept; enlarge its claim, or make room on it"

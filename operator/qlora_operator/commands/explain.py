@@ -30,6 +30,9 @@ from qlora_operator.commands.shown import (
     where,
 )
 
+#: Reason of a job that stands still until somebody has made room.
+VOLUME_FULL = "VolumeFull"
+
 HELP = """\
 Say where a job stands and why: why this GPU and not the others, what fills its memory and what was measured, why it
 waits, how each attempt ended, and what to do.
@@ -199,7 +202,8 @@ def _head(console: Console, text: str) -> None:
 
 def advice(job: Job) -> list[str]:
     """What to do, a sentence each."""
-    said = _ADVICE.get(job.status.phase, _follow)(job)
+    full = any(c.type == "Stalled" and c.status == "True" and c.reason == VOLUME_FULL for c in job.status.conditions)
+    said = (_make_room if full else _ADVICE.get(job.status.phase, _follow))(job)
     if job.status.observed_generation < job.metadata.generation:
         said.append(
             "the operator has not answered the last change of the spec yet: if it stays so, see that it runs, with "
@@ -243,6 +247,12 @@ def _schedule(job: Job) -> list[str]:
 
 def _resume(job: Job) -> list[str]:
     return [f"to go on from the last checkpoint: {_patch(job, suspend=False)}"]
+
+
+def _make_room(job: Job) -> list[str]:
+    if job.status.phase == Phase.FAILED:  # as an earlier version left it
+        return _mend(job)
+    return [f"make room as it says, then {_patch(job, suspend=True)}", f"and {_patch(job, suspend=False)}"]
 
 
 def _collect(job: Job) -> list[str]:

@@ -54,6 +54,8 @@ class Row:
     says: str
     follows: str
     for_good: bool = False
+    #: Nothing is tried until a user has suspended and resumed the job: then it is tried once.
+    rests: bool = False
     #: It uses up `spec.retry.maxRestarts`. An interruption is nobody's fault, and a change comes to its own end.
     counted: bool = False
     change: Change | None = None
@@ -136,8 +138,10 @@ ANSWERS: dict[Outcome, Row] = {
     Outcome.VOLUME_FULL: Row(
         "exit code 17: a volume has no room left",
         "found a volume full",
-        "the job fails and says which; its work volume is kept even with `storage.retain: Delete`",
-        for_good=True,
+        "the job stands still (`Stalled`, without a GPU) and says which; make room on the volume or enlarge its claim, "
+        "set `suspend` to true and back to false: again, from the checkpoint. Were it to fail after that, its work "
+        "volume is kept even with `storage.retain: Delete`",
+        rests=True,
         keeps_volume=True,
     ),
     Outcome.CRASHED: Row(
@@ -180,7 +184,8 @@ OUTCOME_OF_REASON: dict[str, Outcome] = {
 }
 FOR_GOOD = frozenset(how for how, row in ANSWERS.items() if row.for_good)
 COUNTED = frozenset(how for how, row in ANSWERS.items() if row.counted)
-CHANGED = frozenset(how for how, row in ANSWERS.items() if row.change)
+#: A next attempt is due at once where something was changed, by the operator or a user, and else there is none.
+CHANGED = frozenset(how for how, row in ANSWERS.items() if row.change or row.rests)
 ANOTHER_NODE = frozenset(how for how, row in ANSWERS.items() if row.another_node)
 KEEPS_VOLUME = frozenset(how for how, row in ANSWERS.items() if row.keeps_volume)
 
@@ -207,13 +212,21 @@ class GiveUp:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Nothing more is tried until the user has done what `message` says. `reason` is the condition's."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Again:
     """Another attempt, not before `delay` has passed since the last one ended."""
 
     delay: timedelta
 
 
-def answer(attempts: Sequence[Attempt], retry: Retry, older: int = 0) -> GiveUp | Again:
+def answer(attempts: Sequence[Attempt], retry: Retry, older: int = 0) -> GiveUp | Rest | Again:
     """What follows the last of a task's ended, unsuccessful `attempts`; of those that are not listed any more, `older`
     count as restarts.
 
@@ -227,6 +240,8 @@ def answer(attempts: Sequence[Attempt], retry: Retry, older: int = 0) -> GiveUp 
     message = f"{what}: {last.message}" if last.message else what
     if row.for_good:
         return GiveUp(how, message)
+    if row.rests:
+        return Again(timedelta()) if last.change else Rest(how, message)
     if row.change:
         return Again(timedelta()) if last.change else GiveUp(how, message, row.change)
     restarts = older + sum(1 for attempt in attempts if attempt.outcome in COUNTED)

@@ -6,13 +6,16 @@ from datetime import datetime, timedelta
 
 from qlora_api.v1alpha1 import JobStatus, Phase
 from qlora_operator.lifecycle import changes, history, results
-from qlora_operator.lifecycle.answers import ANSWERS, COUNTED, Again, GiveUp, Outcome, answer
+from qlora_operator.lifecycle.answers import ANSWERS, COUNTED, Again, GiveUp, Outcome, Rest, answer
 from qlora_operator.lifecycle.conditions import Situation, Stance
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Stopping
 from qlora_operator.lifecycle.progress import furthest_step
-from qlora_operator.lifecycle.standing import NOW, SOON, fail, held, in_state, say, underway
+from qlora_operator.lifecycle.standing import NOW, PHASE_OF, SOON, fail, held, in_state, say, underway
 from qlora_operator.lifecycle.step import Action, Remove, Start, Step, Stop
 from qlora_operator.lifecycle.tasks import TRAIN, Task, current, ended, tasks
+
+#: What changes before the next attempt after one that found a volume full: by the user, not by the operator.
+RESUMED = "room was made, and the job resumed"
 
 
 def attempts_have_ended(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -51,6 +54,28 @@ def a_task_is_given_up(job: Job, seen: Observed, now: datetime) -> Step | None:
                 job, seen, now, verdict.reason, f"{verdict.message}; {cure}" if cure else verdict.message, at=task
             )
     return None
+
+
+def a_volume_is_full(job: Job, seen: Observed, now: datetime) -> Step | None:
+    """Rest, holding no GPU, until somebody has made room: suspending and resuming the job says so. Nothing is lost
+    meanwhile, and nothing fills the volume further."""
+    full = [
+        (task, verdict)
+        for task, _ in current(job.spec, job.status)
+        if isinstance(verdict := verdict_on(job, task), Rest)
+    ]
+    if not full:
+        return None
+    edited = job.status.observed_generation != job.metadata.generation  # suspended and resumed between two looks
+    if job.spec.suspend or edited:
+        last = {ended(job.status, task)[-1].job for task, _ in full}
+        noted = tuple(a.model_copy(update={"change": RESUMED}) if a.job in last else a for a in job.status.attempts)
+        after = Job(job.metadata, job.spec, job.status.model_copy(update={"attempts": noted}))
+        return say(after, seen, now, underway(after, seen), after=NOW)
+    task, verdict = full[0]
+    message = f"{'; '.join(each.message for _, each in full)}; then set spec.suspend to true and back to false"
+    situation = Situation(PHASE_OF[task.stage], verdict.reason, message, Stance.FAILED)
+    return say(job, seen, now, situation, failed_at=task)
 
 
 def pod_template_was_edited(job: Job, seen: Observed, now: datetime) -> Step | None:
@@ -126,7 +151,7 @@ def start(job: Job, seen: Observed, now: datetime) -> Step:
     return say(job, seen, now, situation, actions=tuple(actions), after=min(waits, default=None))
 
 
-def verdict_on(job: Job, task: Task) -> GiveUp | Again | None:
+def verdict_on(job: Job, task: Task) -> GiveUp | Rest | Again | None:
     """What follows the task's last ended attempt; None where there is none, or it succeeded."""
     attempts = ended(job.status, task)
     if not attempts or attempts[-1].outcome == Outcome.SUCCEEDED:

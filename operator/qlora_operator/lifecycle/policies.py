@@ -11,6 +11,7 @@ from datetime import datetime
 
 from qlora_operator.lifecycle.attempting import (
     a_task_is_given_up,
+    a_volume_is_full,
     attempts_have_ended,
     inspection_is_missing,
     is_suspended,
@@ -49,6 +50,7 @@ POLICIES: tuple[Callable[[Job, Observed, datetime], Step | None], ...] = (
     everything_is_published,
     budget_is_used_up,
     pod_template_was_edited,
+    a_volume_is_full,
     inspection_is_missing,
     plan_is_missing,
     rests_at_its_plan,

@@ -12,7 +12,8 @@ import yaml
 
 from qlora_api.v1alpha1 import Artifact, ConditionType, Phase
 from qlora_operator.cli import main
-from qlora_operator.lifecycle.tasks import TRAIN
+from qlora_operator.lifecycle.policies import next_step
+from qlora_operator.lifecycle.tasks import INSPECT, TRAIN
 from qlora_operator.sizing.memory import CONTEXT
 from tests.unit.operator import given
 from tests.unit.operator.jobs_in_cluster import NO_ROOM, in_phase, planned, ran_out_of_memory_and_waits
@@ -198,6 +199,18 @@ def test_a_newer_operators_job_is_explained_too(kubectl: Kubectl, capsys: pytest
     document["status"]["plan"]["recipe"]["novelty"] = "x"
     document["status"]["plan"]["memory"]["novelty"] = "x"
     assert told(kubectl, capsys, document).startswith("team-a/support-bot  Quantizing")
+
+
+def test_a_full_volume_is_explained_with_what_resumes_the_job(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]):
+    before = [given.attempt(TRAIN, 1, "VolumeFull", message="no room left")]
+    full = given.history(given.job(), INSPECT, before=before, observed_generation=1)
+    status = next_step(full, given.seen(full), given.NOW).status
+    text = told(kubectl, capsys, given.document() | {"status": status.to_api()})
+    assert below("what to do", text) == [
+        "  make room as it says, then kubectl patch qj support-bot -n team-a --type=merge "
+        """-p '{"spec":{"suspend":true}}'""",
+        """  and kubectl patch qj support-bot -n team-a --type=merge -p '{"spec":{"suspend":false}}'""",
+    ]
 
 
 def test_attempts_that_are_listed_no_longer_are_counted(kubectl: Kubectl, capsys: pytest.CaptureFixture[str]):

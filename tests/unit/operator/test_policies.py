@@ -11,7 +11,7 @@ import pytest
 
 from qlora_api.exchange import ProgressName, Verdict
 from qlora_api.v1alpha1 import JobStatus, Phase, Plan, Progress, Usage, WorkVolume
-from qlora_operator.lifecycle.attempting import template_of
+from qlora_operator.lifecycle.attempting import RESUMED, template_of
 from qlora_operator.lifecycle.observed import Absent, Active, Ended, Job, Observed, Reported, Seen, Stopping
 from qlora_operator.lifecycle.pending import Wait
 from qlora_operator.lifecycle.planning import is_to_be_planned
@@ -27,6 +27,8 @@ from tests.unit.operator.kstatus import kstatus
 RUNNING = Active(node="node-1", started=NOW)
 QUEUED = Active(waiting="the queue gpus has not admitted it yet", reason=Wait.QUEUE)
 UNSCHEDULED = Active(waiting="not scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", reason=Wait.GPUS)
+FULL_VOLUME = given.attempt(TRAIN, 1, "VolumeFull", message="the work volume has no room left")
+ROOM_MADE = FULL_VOLUME.model_copy(update={"change": RESUMED})
 LOST = Stopping("its node node-1 was lost")
 NO_IMAGE = Active("node-1", NOW - timedelta(minutes=30), "its image trainer:2 cannot be pulled (not found); if "
                   "spec.podTemplate.image is wrong, suspend the job, correct it and resume", Wait.IMAGE)  # fmt: skip
@@ -266,11 +268,23 @@ CASES = [
          [Stop(TRAIN, 1)], "Scheduling", "BudgetExceeded", attempts={"train-1": NO_IMAGE}, after=2),
     Case("without a budget it waits until it has its image", job(None, INSPECT), [], "Scheduling", "ImageNotPulled",
          attempts={"train-1": NO_IMAGE}, says="if spec.podTemplate.image is wrong, suspend the job, correct it"),
-    Case("a full volume: the job fails and says which", job(None, INSPECT, before=[given.attempt(TRAIN, 1, "VolumeFull",
-         message="the work volume has no room left")]), [], "Failed", "VolumeFull", kstatus="Failed", after=0,
-         says="support-bot-train-1 found a volume full: the work volume has no room left"),
-    Case("and keeps what is on it, whatever it is to be kept for", over(Phase.FAILED, {"storage.retain": "Delete"},
-         INSPECT, before=[given.attempt(TRAIN, 1, "VolumeFull")]), [], "Failed", "", kstatus="Current"),
+    Case("a full volume: the job stands still and says which", job(None, INSPECT, before=[FULL_VOLUME],
+         observed_generation=1), [], "Training", "VolumeFull", kstatus="Failed",
+         conditions={"Stalled": "True", "Trained": "False", "Failed": ""}, says="support-bot-train-1 found a volume "
+         "full: the work volume has no room left; then set spec.suspend to true"),
+    Case("suspended, that there is room is noted", job(SUSPENDED, INSPECT, before=[FULL_VOLUME]), [], "Training",
+         "Starting", after=0),
+    Case("resumed, it goes on from its checkpoint", job(None, INSPECT, before=[ROOM_MADE]), [Start(TRAIN, 2)],
+         "Training", "Starting", after=2),
+    Case("full again: it stands still again", job(None, INSPECT, observed_generation=1,
+         before=[ROOM_MADE, given.attempt(TRAIN, 2, "VolumeFull", message="no room")]), [], "Training",
+         "VolumeFull", kstatus="Failed",
+         says="support-bot-train-2 found a volume full: no room"),
+    Case("a merge that found it full: a publication that runs is left to run", job(FULL, INSPECT, TRAIN,
+         before=[given.attempt(MERGE, 1, "VolumeFull")], observed_generation=1), [], "Merging", "VolumeFull",
+         kstatus="Failed", attempts={"publish-adapter-1": RUNNING}),
+    Case("failed by an earlier version: what is on it is kept, whatever it is to be kept for", over(Phase.FAILED,
+         {"storage.retain": "Delete"}, INSPECT, before=[FULL_VOLUME]), [], "Failed", "", kstatus="Current"),
     Case("out of memory, onOutOfMemory: fail", job({"retry.onOutOfMemory": "fail"}, INSPECT,
          before=[given.attempt(TRAIN, 1, "OutOfMemory")]), [], "Failed", "OutOfMemory", kstatus="Failed", after=0,
          conditions={"Trained": "False"}),
@@ -543,6 +557,26 @@ def test_more_host_memory_than_its_nodes_have_is_not_asked_for(
     selected = [given.gpu_node("node-0", *given.L40S, labels={"team": "ml"}), *nodes]
     step = next_step(of, given.seen(of, {"train-1": OOM_KILLED}, nodes=selected if edits else nodes), NOW)
     assert step.status.attempts[-1].change == change
+
+
+def test_once_there_is_room_the_job_goes_on_by_suspending_and_resuming() -> None:
+    full, resumed = job(SUSPENDED, INSPECT, before=[FULL_VOLUME]), job(None, INSPECT)
+    noted = next_step(full, given.seen(full), NOW).status
+    suspended = next_step(Job(full.metadata, full.spec, noted), given.seen(full), NOW)
+    assert (suspended.status.phase, suspended.actions) == (Phase.SUSPENDED, ())
+    step = next_step(Job(resumed.metadata, resumed.spec, suspended.status), given.seen(resumed), NOW)
+    assert step.actions == (Start(TRAIN, 2),)
+    assert step.status.work_volume == full.status.work_volume, "the same, with the checkpoints on it"
+
+
+def test_a_job_that_was_suspended_and_resumed_between_two_looks_goes_on() -> None:
+    """Two patches, one after the other: the operator may see the second alone."""
+    full = job(None, INSPECT, before=[FULL_VOLUME], observed_generation=1)
+    resting = next_step(full, given.seen(full), NOW).status
+    later = Job(full.metadata.model_copy(update={"generation": 3}), full.spec, resting)
+    assert next_step(Job(full.metadata, full.spec, resting), given.seen(full), NOW).status == resting
+    noted = next_step(later, given.seen(later), NOW).status
+    assert next_step(Job(later.metadata, later.spec, noted), given.seen(later), NOW).actions == (Start(TRAIN, 2),)
 
 
 def test_each_node_of_a_plan_on_several_needs_the_memory() -> None:

@@ -190,6 +190,9 @@ class World(Cluster):
         generation = self.object["metadata"]["generation"]
         assert after.observed_generation == generation
         recorded = {a.job: a for a in before.attempts if a.outcome}
+        for attempt in after.attempts:
+            if attempt.outcome == "VolumeFull" and attempt.change and attempt.job in recorded:  # the user's, and later
+                recorded[attempt.job] = recorded[attempt.job].model_copy(update={"change": attempt.change})
         assert all(recorded.get(a.job, a) == a for a in after.attempts), "an ended attempt was changed"
         assert not ends(before) - ends(after), "an ended attempt was lost"
         assert len(json.dumps(document)) < 60_000
@@ -220,6 +223,8 @@ class World(Cluster):
             if condition.type in old and condition.status == old[condition.type].status:
                 assert condition.last_transition_time == old[condition.type].last_transition_time, condition.type
         verdicts = {"Succeeded": "Current", "Planned": "Current", "Failed": "Failed"}
+        if any(c.type == "Stalled" and c.reason == "VolumeFull" and c.status == "True" for c in after.conditions):
+            verdicts[str(after.phase)] = "Failed"  # until somebody has made room
         read = kstatus({"metadata": {"generation": generation}, "status": document})
         refused = any(c.reason == "ApiError" for c in after.conditions)  # then the phase is the last one known
         assert read == ("InProgress" if refused else verdicts.get(str(after.phase), "InProgress")), after.message
@@ -509,6 +514,10 @@ class Story:
             self.dies_in_a_pass(n + deaths)
             self.a_pass()
             self.stopped_pods_are_gone(0)
+            if any(c.type == "Stalled" and c.status == "True" for c in world.status.conditions):
+                world.edit(lambda spec: spec.update(suspend=True))
+                self.passes(2)
+                world.edit(lambda spec: spec.update(suspend=False))
             for name in self.running():
                 assert self.image_of(name) == world.object["spec"].get("podTemplate", {}).get("image", "trainer:1")
                 world.ends(name, "result")
@@ -519,7 +528,8 @@ class Story:
             self.stopped_pods_are_gone(0)
         assert [name for name in world.jobs_where(lambda job: True) if world.alive(name)] == []
         keeping = ("Keep", "OnFailure") if world.status.phase == "Failed" else ("Keep",)
-        if any(attempt.outcome == "VolumeFull" for attempt in world.status.attempts):
+        full = any(attempt.outcome == "VolumeFull" for attempt in world.status.attempts)
+        if full and world.status.phase == "Failed":
             keeping = ("Keep", "OnFailure", "Delete")
         if "claimName" in world.storage:
             assert ("PersistentVolumeClaim", "scratch") in world.children, "the user's own claim is theirs"

@@ -220,7 +220,7 @@ def test_a_full_volume_is_told_and_the_checkpoint_before_is_kept(
     code, message = describe(raised.value, order)
     assert code == ExitCode.VOLUME_FULL
     assert "the work volume" in message
-    assert "larger storage.size" in message
+    assert "what is on it is kept; enlarge its claim" in message
     newest = checkpoints.newest()
     assert newest is not None
     assert newest.progress.step == 1
