@@ -79,11 +79,11 @@ def require_fit(recipe: Recipe, has: Equipment) -> None:
         )
 
 
-def lacks(package: str) -> EnvironmentUnfit:
-    """That this image has not the `package` that a base is held by. Another node may have the image that was meant."""
-    return EnvironmentUnfit(
-        f"quantization.type: {package} needs the package {package}, which this pod's image does not have: build the "
-        f"trainer image with --build-arg {package.upper()}=…, or use nf4"
+def lacks(package: str) -> BadInput:
+    """That this image has not the `package` that a base is held by."""
+    return BadInput(
+        f"quantization.type: {package} needs the package {package}, which this image does not have: build the trainer "
+        f"image with --build-arg {package.upper()}=…, or use nf4"
     )
 
 

@@ -40,7 +40,7 @@ SOLVER = {
 def library() -> ModuleType:
     """The package's layers, set to find the same weights on every device.
 
-    Raises EnvironmentUnfit where the image does not have the package.
+    Raises BadInput where the image does not have the package.
     """
     try:
         layers, solvers = (import_module(f"hqq.core.{name}") for name in ("quantize", "optimize"))

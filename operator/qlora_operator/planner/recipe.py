@@ -17,6 +17,9 @@ CPU = "cpu"
 HQQ_PAIR = 128
 #: bitsandbytes' optimizers, which fail on weights that FSDP2 has sharded.
 ONE_GPU_OPTIMIZERS = frozenset({"paged_adamw_8bit", "adamw_8bit"})
+#: What experts' matrices were called before transformers 5 made one tensor of them: on a mixture PEFT takes layers of
+#: these names, which dense layers and shared experts still have, for the experts (0.19, _MOE_TARGET_MODULE_MAPPING).
+EXPERT_MATRICES = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 #: Attention kernels that a CPU can train with: torch has no backward of flex_attention there (measured, torch 2.15).
 CPU_ATTENTION = ("sdpa", "eager")
 
@@ -34,13 +37,8 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
     """The recipes that the spec allows for a model, the preferred one first: LoRA where it fits, else QLoRA."""
     known = list(dict.fromkeys(m.name for m in shape.linear))
     targets = list(spec.lora.target_modules or adapted_by_default(shape))
-    if experts := sorted({weights.name for weights in shape.experts} & set(targets) - set(known)):
-        return Unfit(
-            "ExpertsNotAdapted",
-            f"spec.lora.targetModules: {', '.join(experts)} are the weights of all experts of a layer together, which "
-            f"get no adapter: name linear layers, it has {', '.join(known)}",
-            final=True,
-        )
+    if shape.experts and (refusal := _adapts_experts(set(targets), shape)):
+        return refusal
     if unknown := sorted(set(targets) - set(known)):
         return Unfit(
             "UnknownTargetModules",
@@ -120,6 +118,20 @@ def recipes(spec: JobSpec, shape: ModelShape, *, max_length: int, loss: Loss) ->
         )
         for method in methods
     ]
+
+
+def _adapts_experts(targets: set[str], shape: ModelShape) -> Unfit | None:
+    """Why layers of these names cannot get an adapter in a mixture."""
+    linear = {module.name for module in shape.linear}
+    taken = EXPERT_MATRICES | ({weights.name for weights in shape.experts} - linear)
+    if not (experts := sorted(targets & taken)):
+        return None
+    return Unfit(
+        "ExpertsNotAdapted",
+        f"spec.lora.targetModules: {', '.join(experts)} are, in a mixture, the weights of all experts of a layer "
+        f"together, which get no adapter: name other linear layers, it has {', '.join(sorted(linear - taken))}",
+        final=True,
+    )
 
 
 def asks_for_hqq(spec: JobSpec) -> bool:

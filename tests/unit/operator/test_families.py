@@ -238,19 +238,32 @@ def planned(repository: str, edits: dict[str, Any] | None = None) -> list[Recipe
 def test_the_plan_adapts_a_mixtures_attention_and_what_is_asked_for():
     for edits, targets in (
         ({}, ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]),
-        ({"lora.targetModules": ["down_proj"]}, ["down_proj"]),
+        ({"lora.targetModules": ["o_proj"]}, ["o_proj"]),
     ):
         found = planned("deepseek-ai/DeepSeek-V3", edits)
         assert not isinstance(found, Unfit)
         assert [recipe.target_modules for recipe in found] == [targets, targets]
 
 
-def test_experts_as_targets_are_refused_with_what_to_name_instead():
-    refused = planned("mistralai/Mixtral-8x7B-v0.1", {"lora.targetModules": ["gate_up_proj", "q_proj"]})
+@pytest.mark.parametrize(
+    ("repository", "targets", "taken", "others"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", ["gate_up_proj", "q_proj"], "gate_up_proj", "k_proj, o_proj, q_proj, v_proj"),
+        (
+            "deepseek-ai/DeepSeek-V3", ["down_proj", "o_proj"], "down_proj",
+            "kv_a_proj_with_mqa, kv_b_proj, o_proj, q_a_proj, q_b_proj",
+        ),
+    ],
+    ids=["their own name", "a name that PEFT takes for them, though dense layers have it"],
+)  # fmt: skip
+def test_experts_as_targets_are_refused_with_what_to_name_instead(
+    repository: str, targets: list[str], taken: str, others: str
+):
+    refused = planned(repository, {"lora.targetModules": targets})
     assert isinstance(refused, Unfit)
     assert refused.final
-    assert "gate_up_proj are the weights of all experts of a layer together" in refused.message
-    assert refused.message.endswith("name linear layers, it has q_proj, k_proj, v_proj, o_proj")
+    assert f"{taken} are, in a mixture, the weights of all experts of a layer together" in refused.message
+    assert refused.message.endswith(f"name other linear layers, it has {others}")
 
 
 def test_a_mixture_that_no_gpu_holds_is_shared_by_several():

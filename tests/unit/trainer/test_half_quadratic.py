@@ -18,7 +18,7 @@ from qlora_operator.sizing.tensors import Trace
 from qlora_operator.sizing.training import decoder_of
 from qlora_trainer import half_quadratic
 from qlora_trainer.environment import Pod
-from qlora_trainer.failures import EnvironmentUnfit, Interrupted
+from qlora_trainer.failures import BadInput, Interrupted
 from qlora_trainer.half_quadratic import library, quantised, round_trip
 from qlora_trainer.merge import merge
 from qlora_trainer.model import open_base
@@ -47,9 +47,7 @@ def without_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_hqq")
 def test_a_merge_in_an_image_without_the_package_says_so() -> None:
-    with pytest.raises(
-        EnvironmentUnfit, match=r"quantization\.type: hqq needs the package hqq, which this pod's image"
-    ):
+    with pytest.raises(BadInput, match=r"quantization\.type: hqq needs the package hqq, which this image"):
         dequantised(torch.ones(2, 64), recipe_of(**HQQ))
 
 

@@ -57,8 +57,8 @@ UNFIT: list[Any] = [
         id="FlashAttention that is not there",
     ),
     pytest.param(
-        {"quant_type": "hqq"}, H100, EnvironmentUnfit,
-        "quantization.type: hqq needs the package hqq, which this pod's image does not have: build the trainer image",
+        {"quant_type": "hqq"}, H100, BadInput,
+        "quantization.type: hqq needs the package hqq, which this image does not have: build the trainer image",
         id="HQQ that is not there",
     ),
     pytest.param(
