@@ -24,11 +24,11 @@ from qlora_api.exchange import Recipe
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import quiet_libraries
 from qlora_trainer.evaluation import summed_loss
-from qlora_trainer.experts import PACKED, PackedExperts, packable
+from qlora_trainer.experts import PACKED, PackedExperts
 from qlora_trainer.fused_loss import fuse_head
 from qlora_trainer.model import block_linears
 from qlora_trainer.optimization import make_optimizer
-from qlora_trainer.quantization import EXPERT_MATRICES
+from qlora_trainer.packable import EXPERT_MATRICES, packable
 from qlora_trainer.sequences import Batch
 from tests.oracle.half_quadratic import fill, hollow
 from tests.oracle.kernels import KERNELS, as_on_a_gpu

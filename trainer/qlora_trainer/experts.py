@@ -11,7 +11,6 @@ Experts are not adapted: PEFT's `target_parameters` finds no weight that is pack
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,14 +19,13 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_api.exchange import EXPERTS_AT_ONCE_BYTES
-from qlora_trainer.quantization import BLOCK_SIZE, EXPERT_MATRICES
+from qlora_trainer.packable import BLOCK_SIZE, EXPERT_MATRICES, joins_experts, packable
 
 #: Name of the quantizer and of the experts' forward in transformers' tables.
 PACKED = "qlora_packed"
@@ -106,53 +104,6 @@ def quantized_experts(model: nn.Module) -> list[str]:
     )
 
 
-def packable(module: nn.Module) -> bool:
-    """Whether `module` is a layer's routed experts, of the kind that can be held in 4 bits.
-
-    Of transformers' experts those with a gate above what it gates, one output a row, and nothing added to products.
-    """
-    if any(getattr(module, name, None) is None for name in (*EXPERT_MATRICES, "is_transposed", "num_experts")):
-        return False
-    experts: Any = module
-    return (
-        experts.has_gate
-        and experts.is_concatenated
-        and not (experts.is_transposed or experts.has_bias or experts.has_post_expert_norm)
-    )
-
-
-def packable_experts(model: Any) -> bool:
-    """Whether all routed experts of `model` can be held in 4 bits, as its modules are and as its files hold them.
-
-    The files have a matrix for each expert, or one tensor as the model has it; other layouts would have to be turned
-    before they are quantised, and the merge could not do the same with what it reads.
-    """
-    of_experts = {
-        (module, name)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
-    }
-    whole = all(
-        name in EXPERT_MATRICES
-        and packable(module)
-        and math.prod(getattr(module, name).shape[1:]) // EXPERT_MATRICES[name] % BLOCK_SIZE == 0
-        for module, name in of_experts
-    )
-    plain = all(
-        isinstance(operation, MergeModulelist | Concatenate)
-        for rule in get_model_conversion_mapping(model)
-        if isinstance(rule, WeightConverter) and _joins_experts(rule)
-        for operation in rule.operations
-    )
-    return bool(of_experts) and whole and plain
-
-
-def _joins_experts(rule: WeightConverter) -> bool:
-    """Whether it is transformers' rule for how experts in the files become one tensor."""
-    return any(pattern.endswith(f".experts.{name}") for pattern in rule.target_patterns for name in EXPERT_MATRICES)
-
-
 # --- loading ---
 
 
@@ -219,7 +170,7 @@ class _PackingQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         converted = super().update_weight_conversions(weight_conversions, model)
         for rule in converted:
-            if isinstance(rule, WeightConverter) and _joins_experts(rule):
+            if isinstance(rule, WeightConverter) and joins_experts(rule):
                 as_stored: list[ConversionOps] = [_AsStored()]
                 rule.operations, rule.force_cpu = as_stored, True
         return converted

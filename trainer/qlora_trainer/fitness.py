@@ -13,7 +13,7 @@ import torch
 
 from qlora_api.exchange import ModelShape, Recipe
 from qlora_trainer.failures import BadInput, EnvironmentUnfit
-from qlora_trainer.quantization import BLOCK_SIZE
+from qlora_trainer.packable import BLOCK_SIZE
 
 #: Attention kernels that are packages of their own.
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}

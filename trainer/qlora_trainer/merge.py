@@ -25,7 +25,8 @@ from qlora_trainer.artifacts import directory_bytes, directory_digest, whole_dir
 from qlora_trainer.environment import Pod, log
 from qlora_trainer.failures import BadInput
 from qlora_trainer.inputs import with_inputs
-from qlora_trainer.quantization import EXPERT_MATRICES, dequantised, stored_pattern
+from qlora_trainer.packable import EXPERT_MATRICES
+from qlora_trainer.quantization import dequantised, stored_pattern
 from qlora_trainer.results import record, recorded
 from qlora_trainer.weights import INDEX_NAME, WEIGHT_SUFFIXES, Weights, read_weights
 

@@ -16,8 +16,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora_api.exchange import ExpertWeights, LinearModule, ModelShape
-from qlora_trainer.experts import packable_experts
 from qlora_trainer.failures import BadInput
+from qlora_trainer.packable import packable_experts
 from qlora_trainer.weights import TensorEntry, Weights, model_digest, read_weights
 
 

@@ -12,6 +12,7 @@ from bitsandbytes.nn import modules as bnb_modules
 import qlora_trainer.cpu_quantization  # noqa: F401  takes bitsandbytes' place on the CPU
 from qlora_api.exchange import Recipe
 from qlora_trainer.failures import BadInput
+from qlora_trainer.packable import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from qlora_trainer.model import BaseModel
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 # On CPUs with AVX512-BF16, an evaluating Linear4bit repacks its weights in place (with loss) into a form whose product
 # has no gradient: training after the first evaluation then learns from nothing. 50 steps ended at 3.07 instead of 2.74.
 bnb_modules.has_avx512bf16 = lambda: False  # pyright: ignore[reportPrivateImportUsage]
-
-#: Matrices of one expert in the tensors that hold all of a layer's, by their names: each is quantised by itself.
-EXPERT_MATRICES = {"gate_up_proj": 2, "down_proj": 1}
-#: Blocks of 64 weights share a scale: bitsandbytes' and transformers' fixed choice (QLoRA, section 3).
-BLOCK_SIZE = 64
 
 
 def load_for_training(base: BaseModel, recipe: Recipe, device: torch.device) -> Any:

@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM
 from qlora_api.exchange import Recipe
 from qlora_trainer.adapter import with_adapter
 from qlora_trainer.environment import log
-from qlora_trainer.experts import PACKED, PackedExperts, packable, quantised_experts
+from qlora_trainer.experts import PACKED, PackedExperts, quantised_experts
 from qlora_trainer.model import BaseModel, Stored, block_linears, stored_as
-from qlora_trainer.quantization import EXPERT_MATRICES, kept_in_fp32, packs_experts
+from qlora_trainer.packable import EXPERT_MATRICES, packable
+from qlora_trainer.quantization import kept_in_fp32, packs_experts
 from qlora_trainer.starts import factors_of, magnitudes_unset, make_good, set_magnitudes
 
 #: What PEFT puts into the names of a base's weights.

@@ -24,7 +24,8 @@ from qlora_trainer.failures import BadInput
 from qlora_trainer.inspection import inspect
 from qlora_trainer.merge import merge
 from qlora_trainer.model import BaseModel, open_base
-from qlora_trainer.quantization import EXPERT_MATRICES, dequantised, load_for_training
+from qlora_trainer.packable import EXPERT_MATRICES
+from qlora_trainer.quantization import dequantised, load_for_training
 from qlora_trainer.sequences import Sequence, collate
 from qlora_trainer.training import train
 from tests.unit.families import CONFIGS
