@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
@@ -118,6 +119,7 @@ def prepare(order: TrainOrder, pod: Pod, base: BaseModel) -> Path:
         corpus = read_corpus(order.data, pod)
         if corpus.digest != order.data_digest:
             raise BadInput("dataset: the data has changed since inspection: put it back, or create a new job")
+        _remove_others(directory)
         with whole_directory(directory) as partial:
             _write(partial, order, corpus, base)
     else:
@@ -170,6 +172,14 @@ def _fault(directory: Path, key: str) -> str | None:
     found = digests_of(directory)
     found.pop(_MANIFEST, None)
     return None if found == manifest.get("files") else "its files are not those of its manifest"
+
+
+def _remove_others(directory: Path) -> None:
+    """Give back the room of rows that no attempt will read again, laid out by an earlier version of the trainer."""
+    others = [other for other in directory.parent.glob("*") if other != directory]
+    for other in others:
+        log.info("removing %s: its rows are of another recipe, or of an earlier version of the trainer", other.name)
+        shutil.rmtree(other)
 
 
 def _write(directory: Path, order: TrainOrder, corpus: Corpus, base: BaseModel) -> None:

@@ -368,7 +368,9 @@ class _Search:
                 continue
             stepped = shared if offload == "parameters" else recipe
             if self._fits(self._with(stepped, "offload", offload), size, share, flavour):
-                yield f"with training.offload {offload}"
+                # no recipe for several: the optimizer that is set can step nothing that is shared, or on the host
+                fixed = offload == "parameters" and not self._recipes(MANY)
+                yield f"with training.offload {offload}" + f" and training.optimizer {SHARED_OPTIMIZER}" * fixed
                 break
         for more in layouts(flavour, replace(wishes, gpus=None, max_gpus=MANY)):
             if more.gpus <= layout.gpus:

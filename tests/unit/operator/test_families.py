@@ -272,6 +272,9 @@ def test_a_mixture_that_no_gpu_holds_is_shared_by_several():
     refused = choose(shape, lambda _: [made], pool, wishes=Wishes(gpus=1))
     assert isinstance(refused, Infeasible)
     assert "fits with training.offload parameters or on 4 GPUs" in refused.message
+    fixed = choose(shape, lambda gpus: [made] if gpus == 1 else [], pool, wishes=Wishes(gpus=1))
+    assert isinstance(fixed, Infeasible)
+    assert fixed.message.endswith("fits with training.offload parameters and training.optimizer adamw_torch_fused")
     chosen = choose(shape, lambda _: [made], pool, wishes=Wishes())
     assert isinstance(chosen, Placed)
     assert (chosen.sharded, chosen.layout.gpus) == (True, 4)

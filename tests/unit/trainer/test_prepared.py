@@ -20,7 +20,7 @@ from qlora_trainer.failures import BadInput
 from qlora_trainer.formats import Example
 from qlora_trainer.inspection import inspect
 from qlora_trainer.model import BaseModel, open_base
-from qlora_trainer.prepared import Prepared, Rows, directory_of, open_prepared, prepare
+from qlora_trainer.prepared import VERSION, Prepared, Rows, directory_of, open_prepared, prepare
 from qlora_trainer.sequences import Sequence, Tokenisation, cut
 
 from .conftest import KIND, THINGS, Place, chat, examples, recipe_of, write_jsonl
@@ -94,6 +94,16 @@ def test_another_recipe_has_other_rows(place: Place, change: dict[str, Any]) -> 
     first, other = place.train_order(), place.train_order(recipe=change)
     assert directory_of(first) != directory_of(other)
     assert list(made(place, first).train) != list(made(place, other).train)
+
+
+def test_rows_of_an_earlier_layout_do_not_stay(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = place.train_order()
+    now = VERSION
+    monkeypatch.setattr("qlora_trainer.prepared.VERSION", now - 1)
+    made(place, order)
+    monkeypatch.setattr("qlora_trainer.prepared.VERSION", now)
+    made(place, order)
+    assert list((place.work / "prepared").iterdir()) == [directory_of(order)]
 
 
 def test_damaged_rows_are_made_anew(place: Place, caplog: pytest.LogCaptureFixture) -> None:
